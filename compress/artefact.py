@@ -1,0 +1,153 @@
+"""Artefacts: folders that are whole checkpoints plus a record of how they came to be; fingerprints and the lock.
+
+A work folder holds everything that makes a run repeatable and resumable:
+
+    .dscompress/
+      lock                        one run at a time
+      base/<fingerprint>/         a GGUF file as a checkpoint
+      stages/<fingerprint>/       a finished stage: a checkpoint with dscompress.json
+      stages/<fingerprint>.part/  one under way: a file for each finished layer
+      evaluations/<fingerprint>*  figures, and the base model's last hidden states
+
+A folder gets its final name by one rename, when it is whole. Never imports torch.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compress.errors import OutputError
+from compress.report.schema import Stage
+
+RECORD = "dscompress.json"
+_PACKAGES = ("dscompress", "torch", "transformers", "compressed-tensors", "safetensors", "accelerate")
+
+
+class Probe(BaseModel):
+    """What the model in memory said to a few tokens, so that the checkpoint can be asked the same anywhere.
+
+    Args:
+        tokens: token ids, one sequence.
+        best: the most likely next token at every position.
+        logit: its logit.
+        dtype: in what precision.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: list[int]
+    best: list[int]
+    logit: list[float]
+    dtype: str
+
+
+class Record(BaseModel):
+    """dscompress.json: how a checkpoint came to be."""
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    parent: str
+    base: str
+    stage: Stage
+    probe: Probe
+    created: str
+    versions: dict[str, str]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short digest of anything that JSON can hold; equal parts give equal digests in every process."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of an artefact, or None where there is none that this version can read."""
+    try:
+        return Record.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def commit(finished: Path, final: Path) -> None:
+    """Give a finished folder its final name, in place of what had it."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    finished.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(artefact: Path, output: Path) -> None:
+    """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
+    for file in artefact.iterdir():
+        target = output / file.name
+        if file.suffix == ".safetensors":
+            try:
+                os.link(file, target)
+                continue
+            except OSError:
+                pass  # another file system: copy
+        shutil.copy2(file, target)
+
+
+class RunLock:
+    """Held while a run uses a work folder; the operating system frees it when the process ends, however it ends.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.file = work / "lock"
+
+    def __enter__(self) -> None:
+        self._handle = self.file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._handle.seek(0)
+            holder = self._handle.read().strip() or "another process"
+            self._handle.close()
+            raise OutputError(
+                f"{self.file.parent}: in use by {holder}; wait for that run, or give this one another --work-dir"
+            ) from None
+        self._handle.truncate(0)
+        self._handle.write(f"process {os.getpid()} since {now()}")
+        self._handle.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.close()

@@ -1,0 +1,301 @@
+"""The command line: parse, call, print. Only the command that needs torch imports it."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compress import __version__
+from compress.errors import DscompressError
+
+if TYPE_CHECKING:
+    from compress.progress import Reporter
+    from compress.recipe import Recipe
+
+class _Group(TyperGroup):
+    """Turns errors into one line and an exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except DscompressError as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="dscompress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make large language models small enough to ship, and prove what that cost.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with dscompress.")
+cache_app = typer.Typer(no_args_is_help=True, help="Intermediate artefacts in a work folder.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(cache_app, name="cache")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a bundled one.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set stages.0.bits=3.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Write the checkpoint here.")]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work-dir", help="Intermediate artefacts; default: .dscompress beside the output.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and results.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"dscompress {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    overrides: SetOption = None,
+    device: DeviceOption = "auto",
+    work_dir: WorkOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with sizes and memory, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue or reuse earlier work.")] = False,
+    quiet: QuietOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a recipe: compress a model, verify the checkpoint, measure what it cost.
+
+    The same command continues a run that was stopped, and repeats nothing that is finished.
+    """
+    from compress.runner import Options
+    from compress.runner import run as run_recipe
+
+    loaded = _load(recipe, overrides, model, output)
+    options = Options(device, work_dir.absolute() if work_dir else None, fresh)
+    reporter = _reporter(quiet, verbose)
+    if dry_run:
+        from compress.runner import describe
+
+        print("\n".join(describe(loaded, options, reporter)))
+        return
+    from compress.report.write import summary_table
+
+    report = run_recipe(loaded, options, reporter)
+    _print_table(summary_table(report))
+    print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
+    if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Check a recipe, and its model's shapes where the model is here; print what it means."""
+    loaded = _load(recipe, overrides, model, output)
+    folder = Path(loaded.model)
+    if folder.is_dir():
+        from compress.model.arch import check_supported
+        from compress.model.checkpoint import Checkpoint
+        from compress.plan import plan_matrices
+
+        checkpoint = Checkpoint(folder)
+        check_supported(checkpoint.config, loaded.model)
+        for number, stage in enumerate(loaded.stages):
+            plan_matrices(stage, checkpoint, f"stages.{number}")
+    print(f"{recipe}: valid")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors that complete and check YAML."""
+    from compress.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def eval(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a folder, hub id or GGUF file.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="A checkpoint folder, dense or quantized.")],
+    text: Annotated[str, typer.Option("--text", help="A text or jsonl file, or a bundled text.")] = "wikitext2",
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens per window.")] = 2048,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Number of windows.")] = 64,
+    device: DeviceOption = "auto",
+    work_dir: WorkOption = None,
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare two checkpoints: perplexity, KL divergence, top-1 agreement. Prints JSON."""
+    from compress.tools import evaluate
+
+    reporter = _reporter(quiet, False)
+    work = work_dir or Path.cwd() / ".dscompress"
+    quality = evaluate(base, candidate, text, sequence_length, windows, device, work, trust_remote_code, reporter)
+    print(quality.model_dump_json(indent=2))
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")],
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Open a checkpoint with the stock loader and with ours, and compare: PASS, or what differs."""
+    from compress.tools import verify as verify_checkpoint
+
+    _reporter(False, False)
+    checks = verify_checkpoint(checkpoint, device, trust_remote_code)
+    for check in checks:
+        word = {True: "ok  ", False: "FAIL", None: "-   "}[check.passed]
+        print(f"{word} {check.name}: {check.detail}")
+    failed = any(check.passed is False for check in checks)
+    print("FAIL" if failed else "PASS")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")],
+    debug: DebugOption = False,
+) -> None:
+    """Show what a checkpoint holds: sizes, how each kind of matrix is stored, how it was made."""
+    from compress.tools import inspect as inspect_checkpoint
+
+    print("\n".join(inspect_checkpoint(checkpoint)))
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the bundled recipes."""
+    from compress.recipe_yaml import list_recipes
+
+    rows = list_recipes()
+    width = max(len(name) for name, _ in rows)
+    for name, summary in rows:
+        print(f"{name:<{width}}  {summary}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")]) -> None:
+    """Print a bundled recipe."""
+    from compress.recipe_yaml import recipe_text
+
+    print(recipe_text(name), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write; default: NAME.yaml here.")] = None,
+) -> None:
+    """Copy a bundled recipe to a file of yours."""
+    from compress.errors import OutputError
+    from compress.recipe_yaml import recipe_text
+
+    file = target or Path(f"{name.removesuffix('.yaml')}.yaml")
+    if file.exists():
+        raise OutputError(f"{file}: exists; name another file")
+    text = recipe_text(name)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}); name another file") from error
+    print(file)
+
+
+CacheArgument = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="The work folder.")]
+
+
+@cache_app.command("ls")
+def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
+    """List what a work folder holds, with sizes."""
+    from compress.tools import cache_entries
+
+    for entry in cache_entries(work_dir):
+        print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.kind:<12} {entry.path.name}")
+
+
+@cache_app.command("clean")
+def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
+    """Delete what a work folder holds; finished outputs stay."""
+    from compress.tools import clean_cache
+
+    print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
+
+
+def _load(reference: str, overrides: list[str] | None, model: str | None, output: Path | None) -> "Recipe":
+    from compress.recipe_yaml import load_recipe
+
+    return load_recipe(reference, overrides=overrides or (), model=model, output=str(output) if output else None)
+
+
+def _reporter(quiet: bool, verbose: bool) -> "Reporter":
+    from compress.progress import Reporter
+
+    if not verbose:
+        _hush()
+    return Reporter(quiet)
+
+
+def _hush() -> None:
+    """Keep the libraries' own bars and notices off the screen; `-v` shows them."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _print_table(rows: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    heads: list[tuple[str, Callable[..., Any] | None]] = [("", None), ("base", None), ("compressed", None), ("change", None)]
+    for head, _ in heads:
+        table.add_column(head, justify="left" if not head else "right")
+    for row in rows:
+        table.add_row(*[str(cell) for cell in row])
+    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)

@@ -1,0 +1,174 @@
+"""Rows become documents: which field holds the text, in what order, and how a conversation is written.
+
+Left out on purpose: cutting documents. A set drawn from books is a few long documents, which is what its owner
+asked for; web text is a few hundred tokens each.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from compress.data.sources import Row
+from compress.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIELDS = ("text", "content", "messages", "conversations")  # in this order, the first that a row has
+BUFFER_ROWS = 10_000
+BUFFER_CHARACTERS = 64_000_000
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; system and tool are the same in both
+
+
+class Record(NamedTuple):
+    """What a row holds in its text field: a text or a conversation, and where it stands."""
+
+    where: str
+    content: str | list[Any]
+
+
+class Document(NamedTuple):
+    """A text for the tokenizer.
+
+    Args:
+        text: never empty.
+        add_special_tokens: False for a rendered conversation, whose template has written its own.
+    """
+
+    text: str
+    add_special_tokens: bool
+
+
+def select(rows: Iterable[Row], field: str | None) -> Iterator[Record]:
+    """The text field of each row; rows where it is null or blank are passed over.
+
+    Args:
+        rows: mappings of fields, or plain texts.
+        field: name of the field; None takes the first of `FIELDS` that a row has.
+
+    Raises:
+        CalibrationError: a row without such a field, or with something else in it.
+    """
+    names = (field,) if field is not None else FIELDS
+    for where, value in rows:
+        content, label = value, "row"
+        if isinstance(value, dict):
+            name = next((name for name in names if name in value), None)
+            if name is None:
+                raise CalibrationError(_no_field(where, names, value))
+            content, label = value[name], f"field {name!r}"
+        if content is None:
+            continue
+        if not isinstance(content, str | list):
+            raise CalibrationError(f"{where}: {label} is {content!r:.40}; a text or a list of messages is needed")
+        if content and not (isinstance(content, str) and content.isspace()):
+            yield Record(where, content)
+
+
+def _no_field(where: str, names: Sequence[str], value: dict[str, object]) -> str:
+    found = ", ".join(value) or "none"
+    if len(names) == 1:
+        return f"{where}: no field {names[0]!r}; fields found: {found}"
+    return f"{where}: no text field ({', '.join(names)}); fields found: {found}; choose one with `field`"
+
+
+def shuffle(records: Iterable[Record], seed: int) -> Iterator[Record]:
+    """The same records in an order drawn from `seed`, through a buffer of 10,000 records or 64 million characters.
+
+    What fits the buffer is shuffled evenly; a larger source is shuffled locally, from its start.
+    """
+    draw = random.Random(seed)
+    buffer: list[Record] = []
+    held = 0
+
+    def take() -> Record:
+        index = draw.randrange(len(buffer))
+        buffer[index], buffer[-1] = buffer[-1], buffer[index]
+        return buffer.pop()
+
+    for record in records:
+        buffer.append(record)
+        held += _size(record)
+        while len(buffer) >= BUFFER_ROWS or held >= BUFFER_CHARACTERS:
+            taken = take()
+            held -= _size(taken)
+            yield taken
+            if not buffer:
+                break
+    while buffer:
+        yield take()
+
+
+def _size(record: Record) -> int:
+    return len(record.content) if isinstance(record.content, str) else len(str(record.content))
+
+
+class Renderer:
+    """Writes records as documents, and counts the conversations that could not be written as they should.
+
+    A conversation goes through the tokenizer's chat template. A tokenizer without one (a base model's) gets the
+    messages' contents separated by blank lines. A conversation that the template refuses, for instance for a system
+    message that the model does not know, is left out. Both are said in `warnings`.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._conversations = 0
+        self._refused = 0
+        self._first_refusal = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What happened so far to conversations, a line each."""
+        if self._conversations and not self._tokenizer.chat_template:
+            return ("this tokenizer has no chat template: conversations are used as plain text, without roles",)
+        if self._refused:
+            count = f"{self._refused} of {self._conversations} conversations"
+            return (f"{count} are left out because the chat template refuses them (first: {self._first_refusal})",)
+        return ()
+
+    def render(self, records: Iterable[Record]) -> Iterator[Document]:
+        """One document per record, in order, without those that are refused or blank.
+
+        Raises:
+            CalibrationError: a message without a role.
+        """
+        for record in records:
+            if isinstance(record.content, str):
+                document = Document(record.content, add_special_tokens=True)
+            else:
+                document = self._conversation(record.where, _messages(record))
+            # a lone surrogate (valid in JSON, not in Unicode) would stop the tokenizer
+            text = document.text.encode("utf-8", "replace").decode()
+            if text.strip():
+                yield Document(text, document.add_special_tokens)
+
+    def _conversation(self, where: str, messages: list[dict[str, Any]]) -> Document:
+        self._conversations += 1
+        if not self._tokenizer.chat_template:
+            contents = [message.get("content") for message in messages]
+            return Document("\n\n".join(text for text in contents if isinstance(text, str)), add_special_tokens=True)
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError) as error:  # TypeError: a template that adds a content that is not text
+            self._refused += 1
+            self._first_refusal = self._first_refusal or f"{where}: {' '.join(str(error).split())}"
+            return Document("", add_special_tokens=False)
+        return Document(str(text), add_special_tokens=False)
+
+
+def _messages(record: Record) -> list[dict[str, Any]]:
+    """A conversation's messages with `role` and `content`, from those or from ShareGPT's `from` and `value`."""
+    messages = []
+    for number, message in enumerate(record.content, 1):
+        if isinstance(message, dict) and "role" in message:
+            messages.append(message)
+        elif isinstance(message, dict) and {"from", "value"} <= message.keys():
+            messages.append({"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]})
+        else:
+            found = f"keys found: {', '.join(message)}" if isinstance(message, dict) else f"found {message!r:.40}"
+            needed = f"message {number} has no role and content (or from and value)"
+            raise CalibrationError(f"{record.where}: {needed}; {found}")
+    return messages

@@ -1,0 +1,1 @@
+"""What compression cost: divergence from the base model and perplexity."""

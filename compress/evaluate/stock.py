@@ -1,0 +1,109 @@
+"""Asks a checkpoint, opened by stock transformers in a process of its own, for logits and continuations.
+
+Another process, because the stock loader holds the whole model and dscompress never does, and because nothing of
+dscompress can then have a hand in what is loaded.
+
+    python -m compress.evaluate.stock REQUEST.json
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to ask.
+
+    Args:
+        model: checkpoint folder.
+        device: "cpu" or "cuda:0".
+        dtype: "bfloat16", "float16" or "float32".
+        tokens: one sequence whose logits are wanted; empty for none.
+        prompts: texts to continue greedily by up to `NEW_TOKENS` tokens.
+        trust_remote_code: as in transformers.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    tokens: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did."""
+
+    logits: "Tensor | None"
+    continuations: list[str]
+    failure: str | None = None
+
+
+def ask(request: Request) -> Answer:
+    """Run the request in a new process and wait for it."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
+        folder = Path(scratch)
+        (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
+        command = [sys.executable, "-m", "compress.evaluate.stock", str(folder / "request.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            killed = f"the loader was stopped by signal {-done.returncode}, most likely for want of memory"
+            return Answer(None, [], killed if done.returncode < 0 else lines[-1] if lines else "no reason given")
+        texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+        logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
+        return Answer(logits, texts)
+
+
+def _answer(folder: Path, request: Request) -> None:
+    """In the new process: load, compute, write the answer's files."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
+    model.to(request.device).eval()
+    with torch.no_grad():
+        if request.tokens:
+            logits = model(torch.tensor([request.tokens], device=request.device), use_cache=False).logits[0]
+            save_file({"logits": logits.float().cpu().contiguous()}, folder / "logits.safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(request.model, **options) if request.prompts else None
+        texts = [_continue(model, tokenizer, prompt) for prompt in request.prompts]
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
+    """Greedy continuation; a chat model answers the prompt as a user's message."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(model.device)
+    mask = encoded["attention_mask"].to(model.device)
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )  # fmt: skip
+    text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(text)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    _answer(where.parent, Request(**json.loads(where.read_text(encoding="utf-8"))))

@@ -1,0 +1,127 @@
+"""A quantized checkpoint read as if it were dense, whoever wrote it: names and weights of the model before packing.
+
+Widths and groups are told from the tensors' shapes, so that mixed ones work and config.json need not be trusted. Read
+are compressed-tensors `pack-quantized` and GPTQ (auto-gptq v1); anything else is refused by name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.errors import ModelError
+from compress.export import compressed_tensors, gptq
+from compress.quant.grid import Grid
+
+_COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class _Checkpoint(Protocol):
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]: ...
+
+
+class DenseView:
+    """A checkpoint whose quantized matrices load as float32 weights; a dense checkpoint loads as it is.
+
+    Args:
+        checkpoint: an open checkpoint folder.
+
+    Attributes:
+        tensors: names as in the model before quantization.
+        grids: the grid of every quantized module.
+
+    Raises:
+        ModelError: a quantization that can't be read here.
+    """
+
+    def __init__(self, checkpoint: _Checkpoint) -> None:
+        self.folder = checkpoint.folder
+        self._checkpoint = checkpoint
+        config = checkpoint.config.get("quantization_config") or {}
+        method = config.get("quant_method")
+        packed, parts, describe, self._dequantize = _READERS.get(method, _READERS[None])
+        if method not in _READERS or (config.get("format") not in _FORMATS):
+            raise ModelError(
+                f"{self.folder}: quantized as {method} {config.get('format', '')}, which can't be read here; "
+                "readable are compressed-tensors pack-quantized and gptq"
+            )
+        if method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq":
+            raise ModelError(f"{self.folder}: checkpoint_format {config['checkpoint_format']} can't be read; only gptq")
+        self.grids: dict[str, Grid] = {}
+        self.tensors: dict[str, Any] = {}
+        shape_names = [name for name in checkpoint.tensors if packed and name.endswith(".weight_shape")]
+        shapes = {n.rpartition(".")[0]: t.tolist() for n, t in checkpoint.load(shape_names).items()}
+        ends = tuple(f".{part}" for part in parts)
+        self._parts = parts
+        for name, info in checkpoint.tensors.items():
+            module, _, last = name.rpartition(".")
+            if packed and last == packed:
+                self.grids[module] = describe(
+                    {p: checkpoint.tensors.get(f"{module}.{p}") for p in parts}, shapes.get(module, ())
+                )
+                self.tensors[f"{module}.weight"] = info
+            elif not name.endswith(ends) or not parts:
+                self.tensors[name] = info
+
+    def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Weights by their dense names; quantized ones are float32 [O, I]."""
+        wanted = list(names)
+        sources: dict[str, list[str]] = {}
+        for name in wanted:
+            module = name.removesuffix(".weight")
+            stored = [f"{module}.{part}" for part in self._parts] if module in self.grids else [name]
+            sources[name] = [s for s in stored if s in self._checkpoint.tensors]
+        raw = self._checkpoint.load([s for stored in sources.values() for s in stored], device)
+        loaded = {}
+        for name, stored in sources.items():
+            module = name.removesuffix(".weight")
+            if module in self.grids:
+                local = {s.removeprefix(f"{module}."): raw.pop(s) for s in stored}
+                loaded[name] = self._dequantize(local, self.grids[module])
+            else:
+                loaded[name] = raw.pop(name)
+        return loaded
+
+
+def _describe_compressed(infos: Mapping[str, Any], shape: Sequence[int]) -> Grid:
+    columns, groups = shape[1], infos["weight_scale"].shape[1]
+    bits = infos["weight_packed"].shape[1] * 32 // columns
+    size = -1 if groups == 1 else columns // groups
+    return Grid(bits, size, infos["weight_zero_point"] is None, _DTYPES[infos["weight_scale"].dtype])
+
+
+def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
+    columns = infos["g_idx"].shape[0]
+    groups = infos["scales"].shape[0]
+    bits = infos["qweight"].shape[0] * 32 // columns
+    return Grid(bits, -1 if groups == 1 else columns // groups, False, torch.float16, zero_minimum=1)
+
+
+def _dequantize_compressed(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return compressed_tensors.unpack(tensors, grid).dequantize()
+
+
+def _dequantize_gptq(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return gptq.dequantize(tensors, grid.bits)
+
+
+_Reader = tuple[
+    str,
+    tuple[str, ...],
+    Callable[[Mapping[str, Any], Sequence[int]], Grid],
+    Callable[[Mapping[str, Tensor], Grid], Tensor],
+]
+_READERS: dict[str | None, _Reader] = {
+    None: ("", (), _describe_gptq, _dequantize_gptq),
+    "compressed-tensors": ("weight_packed", _COMPRESSED_TENSORS, _describe_compressed, _dequantize_compressed),
+    "gptq": ("qweight", _GPTQ, _describe_gptq, _dequantize_gptq),
+}
+_FORMATS = (None, "pack-quantized", "gptq")

@@ -1,0 +1,78 @@
+"""The formats by the name that a recipe gives them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.export import compressed_tensors, gptq
+from compress.quant.grid import Grid, Quantized
+
+Grids = Mapping[str, Grid]
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the quantize stage needs to know of a checkpoint format.
+
+    Args:
+        parts: names of a module's tensors, inside the module.
+        zero_minimum: smallest zero point that it can hold.
+        scale_dtype: dtype of its scales for weights stored in a given dtype.
+        pack: tensors of a matrix.
+        unpack: the matrix of these tensors.
+        config: `quantization_config` for grids, unquantized linears and the embeddings among the grids.
+        problems: why it can't hold these matrices, a line each.
+        extra_files: further files beside config.json, by name, from the `quantization_config`.
+    """
+
+    parts: tuple[str, ...]
+    zero_minimum: int
+    scale_dtype: Callable[[torch.dtype], torch.dtype]
+    pack: Callable[[Quantized], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Grid], Quantized]
+    config: Callable[[Grids, Sequence[str], Sequence[str]], dict[str, Any]]
+    problems: Callable[[Shapes, Grids, Sequence[str]], list[str]]
+    extra_files: Callable[[dict[str, Any]], dict[str, str]]
+
+
+def _compressed_problems(shapes: Shapes, grids: Grids, embeddings: Sequence[str]) -> list[str]:
+    problem = compressed_tensors.check(grids, embeddings)
+    return [] if problem is None else [problem]
+
+
+def _gptq_problems(shapes: Shapes, grids: Grids, embeddings: Sequence[str]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        problem = gptq.check(shape, grids[name])
+        if problem is not None:
+            found.setdefault(problem, []).append(name)
+    return [f"{names[0]} ({len(names)} such layers): {problem}" for problem, names in found.items()]
+
+
+FORMATS = {
+    "compressed-tensors": Format(
+        parts=("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+        zero_minimum=0,
+        scale_dtype=lambda stored: stored,
+        pack=compressed_tensors.pack,
+        unpack=compressed_tensors.unpack,
+        config=compressed_tensors.quantization_config,
+        problems=_compressed_problems,
+        extra_files=lambda config: {},
+    ),
+    "gptq": Format(
+        parts=("qweight", "qzeros", "scales", "g_idx"),
+        zero_minimum=1,
+        scale_dtype=lambda stored: torch.float16,
+        pack=gptq.pack,
+        unpack=gptq.unpack,
+        config=lambda grids, unquantized, embeddings: gptq.quantization_config(grids, unquantized),
+        problems=_gptq_problems,
+        extra_files=lambda config: {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
+    ),
+}

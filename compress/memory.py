@@ -1,0 +1,65 @@
+"""Peak memory of this process and of its GPU."""
+
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures from when it is made; where the system can't start over (not Linux), from the process's start."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self.device = device
+        with suppress(OSError):
+            _RESET.write_text("5")  # proc(5): resets the resident set's high-water mark
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def peak(self) -> tuple[int, int | None]:
+        """Bytes resident at most, and bytes allocated on the GPU at most (None without one)."""
+        gpu = None
+        if self.device.type == "cuda":
+            import torch
+
+            gpu = int(torch.cuda.max_memory_allocated(self.device))
+        return _high_water_mark(), gpu
+
+
+def _high_water_mark() -> int:
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def available(device: "torch.device") -> int:
+    """Bytes that can still be allocated: free on the GPU, or in this machine and its memory limit."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = physical()
+    with suppress(OSError, StopIteration, ValueError):
+        rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = int(next(row for row in rows if row.startswith("MemAvailable:")).split()[1]) * 1024
+    with suppress(OSError, ValueError):  # a container's limit (cgroup v2)
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    return free
+
+
+def physical() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,102 @@
+"""Model families as rows of data: where a decoder-only language model keeps its parts.
+
+A new dense family is one row. A family without a row works when it has the usual shape, which is looked up from the
+module tree; otherwise the error says which part was not found. Which linears share an input is not in the rows: the
+layer loop sees it when it runs a layer once on the meta device, and what it sees can't be out of date.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Module paths of a causal language model, from its top module.
+
+    Args:
+        layers: the list of decoder layers.
+        embeddings: the token embedding.
+        norm: the norm behind the last layer.
+        head: the projection to the vocabulary.
+    """
+
+    layers: str
+    embeddings: str
+    norm: str
+    head: str = "lm_head"
+
+
+_USUAL = Arch("model.layers", "model.embed_tokens", "model.norm")
+
+FAMILIES: dict[str, Arch] = {
+    "llama": _USUAL,
+    "mistral": _USUAL,
+    "qwen2": _USUAL,
+    "qwen3": _USUAL,
+    "gemma2": _USUAL,
+    "gemma3_text": _USUAL,
+    "phi3": _USUAL,
+    "gpt_neox": Arch("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
+    "opt": Arch("model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm"),
+}
+
+_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+def check_supported(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what can't be compressed, from config.json alone.
+
+    Raises:
+        ModelError: quantized already, a mixture of experts, or no decoder-only language model.
+    """
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{where}: already quantized ({method}); give the original bf16, fp16 or fp32 model")
+    if any(config.get(key) for key in _MOE_KEYS):
+        raise ModelError(f"{where}: {config.get('model_type')} is a mixture of experts; only dense models are supported")
+    if "text_config" in config:
+        raise ModelError(
+            f"{where}: {config.get('model_type')} is a multimodal model; give its text model alone as a folder"
+        )
+    if config.get("is_encoder_decoder") or not config.get("num_hidden_layers"):
+        raise ModelError(
+            f"{where}: model_type {config.get('model_type')!r} is no decoder-only language model "
+            f"with num_hidden_layers; supported: {', '.join(FAMILIES)} and dense models of the same shape"
+        )
+
+
+def find_arch(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
+    """The family's row, or one made from the module tree.
+
+    Raises:
+        ModelError: naming the part that was not found.
+    """
+    row = FAMILIES.get(str(config.get("model_type")))
+    return row if row is not None else _discover(model, config)
+
+
+def _discover(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
+    from torch import nn
+
+    kind, depth = config.get("model_type"), config.get("num_hidden_layers")
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(layers) != 1:
+        raise ModelError(f"model_type {kind!r}: found {len(layers)} lists of {depth} decoder layers, need exactly one")
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if embeddings is None or head is None:
+        part = "token embedding" if embeddings is None else "output head"
+        raise ModelError(f"model_type {kind!r}: no {part} found; add a row to compress/model/arch.py")
+    parent = model.get_submodule(layers[0].rpartition(".")[0])
+    norms = [n for n, m in parent.named_children() if "norm" in n.lower() or "norm" in type(m).__name__.lower()]
+    if not norms:
+        raise ModelError(f"model_type {kind!r}: no final norm beside {layers[0]}; add a row to compress/model/arch.py")
+    prefix = layers[0].rpartition(".")[0]
+    norm = f"{prefix}.{norms[-1]}" if prefix else norms[-1]
+    return Arch(layers[0], names[id(embeddings)], norm, names[id(head)])

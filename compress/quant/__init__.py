@@ -1,0 +1,1 @@
+"""Quantization: the grid (the one definition of rounding), the scale search and the solvers."""

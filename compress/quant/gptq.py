@@ -1,0 +1,174 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) with one triangular factor and no inverse, and round-to-nearest.
+
+Quantizing column by column with error feedback is nearest-plane rounding in the lattice of the Hessian's factor. With
+
+    H = R R^T, R upper triangular            (Cholesky of H flipped in both axes, flipped back)
+    F = R / diag(R)                          (unit diagonal)
+
+the loss (w - w^) H (w - w^)^T is sum_j R_jj^2 (w_j + (w - w^)_{:j} F_{:j,j} - w^_j)^2, so each column is rounded to the
+nearest level of its corrected target, w^_j = Q(w_j + (w - w^)_{:j} F_{:j,j}). In exact arithmetic these are the codes
+of the usual form, which inverts H. Left out: lazy inverse updates, which this form does not need.
+
+A group's scale is fitted when the group is entered, to the weights as the errors so far have moved them. The activation
+order therefore moves whole groups (largest first) and columns inside them, never columns across groups: it keeps both
+advantages and the stored column order, so no g_idx is needed.
+
+Everything here takes tensors and returns tensors. Shapes: O output rows, I input columns, G groups, g columns in a group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.quant.grid import Grid, Quantized, quantize
+from compress.quant.scales import Clip, group_scales
+
+_INNER = 16  # columns between two matrix products inside a block: rank-1 updates touch only these
+_BLOCK = 128  # columns of a block where a group is a whole row
+_DAMP_RETRIES = 6  # each ten times the damping before
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factor of a Hessian in the order in which columns are quantized.
+
+    Args:
+        feedback: F, float32 [I, I], unit upper triangular, in the visiting order.
+        pivot: R_jj^2, float32 [I], in the visiting order: what a squared rounding error in a column costs.
+        order: int64 [I]: column visited at each step.
+        damp: the share of the mean diagonal that was added, after retries.
+    """
+
+    feedback: Tensor
+    pivot: Tensor
+    order: Tensor
+    damp: float
+
+
+def visiting_order(importance: Tensor, columns_per_group: int, act_order: bool) -> Tensor:
+    """Order of the columns, int64 [I]: whole groups by their largest importance, then columns inside each.
+
+    Args:
+        importance: [I], the Hessian's diagonal.
+        columns_per_group: columns that share a scale.
+        act_order: False keeps the stored order.
+    """
+    if not act_order:
+        return torch.arange(importance.numel(), device=importance.device)
+    grouped = importance.view(-1, columns_per_group)
+    groups = grouped.amax(1).argsort(descending=True, stable=True)
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    return (groups[:, None] * columns_per_group + inside[groups]).flatten()
+
+
+def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
+    """The factor of `hessian` + damping in the given order.
+
+    Args:
+        hessian: float32 [I, I], symmetric, X^T X of the inputs; columns never active may be zero.
+        order: int64 [I], from `visiting_order`.
+        damp: share of the mean diagonal added to the diagonal; ten times more at each retry.
+
+    Raises:
+        NumericalError: not positive definite whatever the damping (NaN or inf in the inputs).
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    damped = hessian[order][:, order]
+    inactive = (diagonal <= 0)[order]
+    for attempt in range(_DAMP_RETRIES):
+        added = damp * 10**attempt * mean
+        trial = damped.clone()
+        trial.diagonal().add_(torch.where(inactive, mean, added).clamp(min=torch.finfo(torch.float32).tiny))
+        lower, failed = torch.linalg.cholesky_ex(trial.flip(0, 1))
+        if not failed and bool(torch.isfinite(lower).all()):
+            upper = lower.flip(0, 1)
+            pivots = upper.diagonal()
+            return Factor(upper / pivots, pivots.square(), order, damp * 10**attempt)
+    raise NumericalError(
+        f"the Hessian of a layer with {hessian.shape[0]} inputs is not positive definite, even with "
+        f"damp {damp * 10 ** (_DAMP_RETRIES - 1):g}"
+    )
+
+
+def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> Quantized:
+    """Quantize one matrix with error feedback.
+
+    Args:
+        weight: [O, I].
+        factor: of the Hessian of the matrix's inputs; its order must keep groups whole.
+        grid: where the codes lie.
+        clip: how a group's scale is found.
+    """
+    rows, columns = weight.shape
+    width = grid.columns_per_group(columns)
+    work = weight.float().t()[factor.order].contiguous()  # [I, O], rows in the visiting order
+    error = torch.empty_like(work)
+    codes = torch.empty_like(work)
+    scales, zeros = [], []
+    for start in range(0, columns, width):
+        stop = start + width
+        group = slice(start, stop)
+        carried = factor.feedback[:start, group].t() @ error[:start]
+        inside = factor.feedback[group, group]
+        moved = work[group] + torch.linalg.solve_triangular(inside.t(), carried, upper=False, unitriangular=True)
+        scale, zero = group_scales(moved.t(), importance(factor.pivot[group], clip), grid)
+        _quantize_group(work[group], carried, inside, scale, zero, grid, codes[group], error[group])
+        scales.append(scale)
+        zeros.append(zero)
+    return _in_stored_order(codes, scales, zeros, factor.order, grid)
+
+
+def _quantize_group(
+    weight: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, grid: Grid, codes: Tensor, error: Tensor
+) -> None:
+    """Column loop of one group, in place: fills `codes` and `error` [g, O] from `weight` and the `carried` feedback."""
+    target = carried.add_(weight)
+    for first in range(0, target.shape[0], _INNER):
+        last = min(first + _INNER, target.shape[0])
+        for column in range(first, last):
+            code = torch.round(target[column] / scale).add_(zero).clamp_(0, grid.largest_code)
+            codes[column] = code
+            missed = torch.sub(weight[column], code.sub_(zero).mul_(scale), out=error[column])
+            if column + 1 < last:
+                target[column + 1 : last].addr_(feedback[column, column + 1 : last], missed)
+        if last < target.shape[0]:
+            target[last:].addmm_(feedback[first:last, last:].t(), error[first:last])
+
+
+def round_to_nearest(weight: Tensor, importance: Tensor | None, grid: Grid) -> Quantized:
+    """Quantize one matrix [O, I] without error feedback; `importance` [I] weighs the scale search, None = full range."""
+    rows, columns = weight.shape
+    width = grid.columns_per_group(columns)
+    grouped = weight.float().view(rows, columns // width, width)
+    found = [
+        group_scales(grouped[:, g], None if importance is None else importance[g * width : (g + 1) * width], grid)
+        for g in range(columns // width)
+    ]
+    scale, zero = torch.stack([s for s, _ in found], 1), torch.stack([z for _, z in found], 1)
+    codes = quantize(grouped, scale[..., None], zero[..., None], grid.largest_code)
+    return Quantized(codes.to(torch.uint8).view(rows, columns), scale.to(grid.scale_dtype), zero.to(torch.uint8), grid)
+
+
+def importance(pivot: Tensor, clip: Clip) -> Tensor | None:
+    """Weights of the scale search for a `clip` setting: None, ones, or the cost of each column's error."""
+    if clip == "none":
+        return None
+    return torch.ones_like(pivot) if clip == "mse" else pivot
+
+
+def _in_stored_order(
+    codes: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor], order: Tensor, grid: Grid
+) -> Quantized:
+    """Undo the visiting order: codes [I, O] and a scale per visited group become [O, I] and [O, G]."""
+    columns, width = codes.shape[0], codes.shape[0] // len(scales)
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    position = (order[::width] // width).argsort()  # visited position of each stored group
+    scale, zero = torch.stack(list(scales), 1)[:, position], torch.stack(list(zeros), 1)[:, position]
+    return Quantized(
+        stored.t().to(torch.uint8).contiguous(), scale.to(grid.scale_dtype).contiguous(), zero.to(torch.uint8).contiguous(), grid
+    )

@@ -1,0 +1,49 @@
+"""Second moments of a linear's inputs, X^T X, which GPTQ calls the Hessian.
+
+bf16 and fp16 products are exact in float32, so inputs are never rounded on the way: on a GPU the matrix units take
+16-bit inputs and add in float32, on a CPU the inputs are widened first. Only the upper blocks are computed there.
+
+Shapes: N tokens, I inputs.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_BLOCK = 512  # columns of an upper block: half of the products are skipped, and each is still a large one
+
+
+def gram(inputs: Iterable[Tensor]) -> tuple[Tensor | None, int]:
+    """X^T X over all batches.
+
+    Args:
+        inputs: batches [..., I] of any float dtype; their leading dimensions are tokens.
+
+    Returns:
+        float32 [I, I], symmetric (None without batches), and the number of tokens.
+    """
+    total: Tensor | None = None
+    tokens = 0
+    for batch in inputs:
+        x_NI = batch.reshape(-1, batch.shape[-1])
+        tokens += x_NI.shape[0]
+        if total is None:
+            total = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=torch.float32, device=x_NI.device)
+        _add(total, x_NI)
+    if total is not None:
+        upper = total.triu()
+        total = upper + upper.t()
+        total.diagonal().mul_(0.5)
+    return total, tokens
+
+
+def _add(total: Tensor, x_NI: Tensor) -> None:
+    """Add the upper triangle of X^T X (and some of the lower one) to `total`."""
+    if x_NI.device.type == "cuda" and x_NI.dtype in (torch.bfloat16, torch.float16):
+        total += torch.mm(x_NI.t(), x_NI, out_dtype=torch.float32)
+        return
+    wide = x_NI.float()
+    for start in range(0, wide.shape[1], _BLOCK):
+        stop = start + _BLOCK
+        total[start:stop, start:].addmm_(wide[:, start:stop].t(), wide[:, start:])

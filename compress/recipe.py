@@ -1,0 +1,268 @@
+"""The recipe: what one YAML file may say. Closed: a key that is not here is an error, never ignored.
+
+This module is the schema alone, and it never imports torch: `dscompress validate` and `--help` answer at once.
+Reading YAML, `--set`, paths and the wording of problems are in `recipe_yaml.py` and the two modules below it.
+
+Left out on purpose: templating, includes and environment variables inside recipes. A recipe is read by people
+and diffed; `--set` and `dscompress sweep` are where values vary.
+"""
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_COUNT = r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?) ?([kKmMbB]?)"
+_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_LARGEST_COUNT = 10**18
+
+
+def parse_count(value: object) -> int:
+    """A whole number as people write it: 128, 1_000, 64k (64 000), 20M, 1.5B, 1e6.
+
+    Raises:
+        PydanticCustomError: `value` is not such a number (validation reports it with its line).
+    """
+    match = None if isinstance(value, bool) else re.fullmatch(_COUNT, str(value).strip())
+    if match:
+        number = Decimal(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
+        if number == number.to_integral_value() and abs(number) <= _LARGEST_COUNT:
+            return int(number)
+    raise PydanticCustomError("count", "not a whole number")
+
+
+def _parse_number(value: object) -> object:
+    """Floats that YAML 1.1 reads as text (`1e-4` has no dot) become numbers; the rest is left to pydantic."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _parse_switch(value: object) -> object:
+    """`evaluate: false` is null and `evaluate: true` the defaults."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+Count: TypeAlias = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_COUNT}$"}]}),
+]
+Number: TypeAlias = Annotated[float, BeforeValidator(_parse_number)]
+Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Bits: TypeAlias = Literal[2, 3, 4, 8]
+GroupSize: TypeAlias = Literal[-1, 32, 64, 128]
+
+
+def is_local_source(source: str) -> bool:
+    """Whether a calibration source names a file here (by its suffix or a leading . / ~), not a hub dataset."""
+    return source.lower().removesuffix(".gz").endswith(LOCAL_SUFFIXES) or source.startswith((".", "/", "~"))
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationSpec(_Closed):
+    """Text that a model is run on, and how it is sampled: `samples` sequences of `sequence_length` tokens."""
+
+    name: Text | None = Field(
+        default=None, description="What reports call this text; a spec file's own name when left out."
+    )
+    source: Text = Field(
+        description="A hub dataset (allenai/c4) or a local .jsonl, .json, .parquet or .txt file, each also .gz."
+    )
+    licence: Text | None = Field(default=None, description="The text's licence, copied into reports.")
+    sha256: Annotated[str, StringConstraints(strip_whitespace=True, to_lower=True)] | None = Field(
+        default=None, description="Checksum of the local file's bytes; a file with another one is refused."
+    )
+    samples: Count = Field(default=128, ge=1, description="Number of sequences.")
+    sequence_length: Count = Field(
+        default=2048, ge=2, description="Tokens per sequence; documents are packed, never padded."
+    )
+    seed: Count = Field(default=0, ge=0, description="Seed of the sampling.")
+    split: Text = Field(default="train", description="Split of a hub dataset.")
+    subset: Text | None = Field(default=None, description="Configuration of a hub dataset, such as `en`.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
+    field: Text | None = Field(
+        default=None,
+        description="Column that holds the text; left out: `text`, else the chats in `messages` or `conversations`.",
+    )
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+            raise PydanticCustomError("sha256", "not a checksum")
+        if value is not None and source is not None and not is_local_source(source):
+            raise PydanticCustomError("hub", "is for a local file; pin a hub dataset with revision instead")
+        return value
+
+    @field_validator("split", "subset", "revision")
+    @classmethod
+    def _check_hub_only(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value not in (None, "train") and is_local_source(info.data.get("source", "")):
+            raise PydanticCustomError("local", "is for a hub dataset and source is a local file; remove it")
+        return value
+
+
+class EvaluateSpec(_Closed):
+    """How base and compressed model are compared."""
+
+    text: Text = Field(
+        default="wikitext2",
+        description="Text to measure on: a spec under calibration/, a path to one, or a path to a text or jsonl file.",
+    )
+    sequence_length: Count = Field(
+        default=2048, ge=2, description="Tokens per window. Figures of two lengths are never comparable."
+    )
+    windows: Count | None = Field(default=64, ge=1, description="Number of windows; null takes the whole text.")
+    prompts: list[Text] | None = Field(
+        default=None,
+        description="Prompts whose continuations by both models the report shows; null takes three general ones.",
+    )
+
+
+class Override(_Closed):
+    """What differs for the modules that a glob matches; null keeps the stage's value."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> "Override":
+        if self.bits is None and self.group_size is None and self.symmetric is None:
+            raise PydanticCustomError("empty", "changes nothing; give it bits, group_size or symmetric, or remove it")
+        return self
+
+
+class QuantizeStage(_Closed):
+    """Store the weights of linear layers as small integers with a scale per group of columns."""
+
+    kind: Literal["quantize"] = Field(description="What the stage does: quantize.")
+    method: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="gptq compensates each column's rounding error in the columns after it; rtn only rounds.",
+    )
+    bits: Bits = Field(default=4, description="Width of a weight.")
+    group_size: GroupSize = Field(
+        default=128, description="Columns that share a scale; -1: the whole row. It must divide the layers' widths."
+    )
+    symmetric: bool = Field(
+        default=True, description="True: zero point fixed in the middle; false: a zero point per group."
+    )
+    act_order: bool = Field(
+        default=True,
+        description="Quantize the columns with the largest inputs first (loaders see no difference).",
+    )
+    damp: Number = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Fraction of the Hessian's mean diagonal that is added to its diagonal.",
+    )
+    clip: Literal["none", "mse", "hessian"] = Field(
+        default="hessian",
+        description="How ranges are narrowed: not at all, for the least weight error, or the least output error.",
+    )
+    overrides: dict[Text, Override] = Field(
+        default={}, description='Other settings by glob on module names: {"*.down_proj": {bits: 8}}.'
+    )
+    ignore: list[Text] = Field(default=[], description="Globs of modules to leave in 16 bits.")
+    lm_head: bool = Field(default=False, description="Quantize the output head too.")
+    embeddings: bool = Field(default=False, description="Quantize the token embeddings too.")
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        default="compressed-tensors", description="Layout on disk. Both open in transformers and vLLM."
+    )
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_ignore(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        both = [glob for glob in value if glob in info.data.get("overrides", {})]
+        if both:
+            message = "holds {globs}, which overrides has too; keep one of the two"
+            raise PydanticCustomError("contradiction", message, {"globs": ", ".join(both)})
+        return value
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, value: str, info: ValidationInfo) -> str:
+        if value == "gptq" and info.data.get("embeddings"):
+            message = "gptq can't hold quantized embeddings; use compressed-tensors or embeddings: false"
+            raise PydanticCustomError("format", message)
+        return value
+
+
+# One kind so far. The next one makes this Annotated[QuantizeStage | PruneStage, Field(discriminator="kind")].
+Stage: TypeAlias = QuantizeStage
+
+
+class Recipe(_Closed):
+    """One compression job, from a model to a checkpoint with a report."""
+
+    name: Text = Field(description="What reports call this job.")
+    model: Text = Field(
+        description="A hub id (org/name), a folder, a .gguf file, or package:NAME/FILE.gguf of an installed package."
+    )
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Allow code that comes with the model to run. Only for models whose code you have read.",
+    )
+    calibration: Annotated[
+        Annotated[Text, Tag("name or path")] | Annotated[CalibrationSpec, Tag("inline spec")],
+        Discriminator(lambda value: "inline spec" if isinstance(value, dict | CalibrationSpec) else "name or path"),
+    ] = Field(
+        default="general_en",
+        description="Text that the layers are calibrated on: a spec under calibration/, a path to one, or one inline.",
+    )
+    stages: list[Stage] = Field(
+        min_length=1,
+        description="What to do, in order; each item is a mapping with its kind, such as {kind: quantize, bits: 4}.",
+    )
+    evaluate: Annotated[
+        EvaluateSpec | None, BeforeValidator(_parse_switch, json_schema_input_type=EvaluateSpec | bool | None)
+    ] = Field(default=EvaluateSpec(), description="How the result is measured; false or null skips it.")
+    output: Text = Field(description="Folder of the finished checkpoint and its report, such as outputs/my_model.")
+
+    @field_validator("stages")
+    @classmethod
+    def _check_order(cls, value: list[Stage]) -> list[Stage]:
+        if any(stage.kind == "quantize" for stage in value[:-1]):
+            message = "quantize comes once, as the last stage; remove or move the others"
+            raise PydanticCustomError("order", message)
+        return value
+
+
+def bundled_dir(kind: Literal["recipes", "calibration"]) -> Path:
+    """Folder of what comes with dscompress: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    installed = package / kind
+    return installed if installed.is_dir() else package.parent / kind
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe as it may be written, for editors that complete and check YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

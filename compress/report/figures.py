@@ -1,0 +1,234 @@
+"""The figures of a report as people read them. Markdown, HTML, the model card and the terminal all take them from here.
+
+Sizes are decimal (1 MB = 10^6 bytes), as disks and downloads state them.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from compress.report.schema import Interval, Layer, Module, Report, Stage
+
+Row = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """A quantized matrix in the table of layers; `bar` is its place, 0 to 100, on the log scale of output errors."""
+
+    layer: int | None
+    name: str
+    kind: str
+    module: Module
+    bar: float
+
+
+def size(count: float) -> str:
+    """Bytes, three digits: 92.3 MB."""
+    return _scaled(count, ["B", "kB", "MB", "GB", "TB"])
+
+
+def count(number: float) -> str:
+    """A number of things, three digits: 134M, 8.03B."""
+    return _scaled(number, ["", "K", "M", "B", "T"])
+
+
+def _scaled(value: float, units: list[str]) -> str:
+    unit = 0
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    digits = 0 if unit == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    gap = " " if units[0] else ""
+    return f"{value:.{digits}f}{gap}{units[unit]}".rstrip()
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, a dash for None: 0.0831, 1.2e-05."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def perplexity(value: float) -> str:
+    """Four significant digits at least, two decimals: 17.31, 1204.52."""
+    return f"{value:.2f}" if 10 <= value < 1e6 else f"{value:.4g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one: 86.2 %; three significant digits below 10 %, a dash for None."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.1f} %" if abs(share) >= 0.1 else f"{100 * share:.3g} %"
+
+
+def change(before: float, after: float) -> str:
+    """The relative change with its sign: +9.4 %."""
+    return f"{100 * (after / before - 1):+.1f} %" if before else "–"
+
+
+def interval(bounds: Interval | None, share: bool = False) -> str:
+    """A 95 % interval: 0.0794 to 0.0868; as percentages for shares; a dash for None."""
+    if bounds is None:
+        return "–"
+    low, high = bounds
+    return f"{percent(low)} to {percent(high)}" if share else f"{number(low)} to {number(high)}"
+
+
+def duration(seconds: float) -> str:
+    """0.8 s, 42 s, 3 min 12 s, 1 h 04 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def ratio(report: Report) -> str:
+    """How the size on disk changed: 2.92x smaller."""
+    if report.size_ratio >= 1:
+        return f"{report.size_ratio:.2f}x smaller"
+    return f"{1 / report.size_ratio:.2f}x larger" if report.size_ratio > 0 else "–"
+
+
+def verification(report: Report) -> str:
+    """PASS, FAIL or not verified."""
+    if report.verified is None:
+        return "not verified"
+    return "PASS" if report.verified.passed else "FAIL"
+
+
+def summary_table(report: Report) -> list[Row]:
+    """The headline figures: rows of (label, base, compressed, change), for the terminal and the Markdown."""
+    base, compressed, quality = report.base, report.compressed, report.quality
+    base_bits = f"{8 * base.bytes / base.parameters:.2f}" if base.parameters else "–"
+    rows = [
+        ("Size on disk", size(base.bytes), size(compressed.bytes), ratio(report)),
+        ("Parameters", count(base.parameters), count(compressed.parameters), _unless_same(report)),
+        ("Bits per weight", base_bits, f"{compressed.bits_per_weight:.2f}", ""),
+    ]
+    if compressed.quantized_bits_per_weight is not None:
+        rows.append(("Bits per quantized weight", "", f"{compressed.quantized_bits_per_weight:.2f}", "scales included"))
+    if quality is not None:
+        ppl, kl, top1 = quality.perplexity, quality.kl, quality.top1_agreement
+        rows += [
+            (
+                f"Perplexity ({ppl.dataset}, {ppl.sequence_length} tokens)",
+                perplexity(ppl.base),
+                perplexity(ppl.compressed),
+                change(ppl.base, ppl.compressed),
+            ),
+            ("KL divergence, mean (nats)", "0", number(kl.mean), _ci(kl.ci95)),
+            ("KL divergence, 99th percentile", "0", number(kl.p99), ""),
+            ("Top-1 agreement", "100 %", percent(top1.mean), _ci(top1.ci95, share=True)),
+        ]
+        rows += [
+            (f"{name} ({task.n} items)", number(task.base), number(task.compressed), f"{task.delta:+.3g}")
+            for name, task in quality.tasks.items()
+        ]
+    loader = f"Opened by {report.verified.loader}" if report.verified else "Opened by the stock loader"
+    rows.append((loader, "", verification(report), _logit_difference(report)))
+    return rows
+
+
+def _unless_same(report: Report) -> str:
+    before, after = report.base.parameters, report.compressed.parameters
+    return "unchanged" if before == after else change(before, after)
+
+
+def _ci(bounds: Interval | None, share: bool = False) -> str:
+    return "" if bounds is None else f"95 %: {interval(bounds, share)}"
+
+
+def _logit_difference(report: Report) -> str:
+    verified = report.verified
+    if verified is None or verified.max_logit_difference is None:
+        return ""
+    return f"largest logit difference {number(verified.max_logit_difference)}"
+
+
+def verdict(report: Report) -> str:
+    """What came out, in one sentence of plain words."""
+    base, compressed, quality = report.base, report.compressed, report.quality
+    text = f"The checkpoint is {ratio(report)} than its base ({size(base.bytes)} to {size(compressed.bytes)})"
+    if quality is None:
+        text += "; what that cost in accuracy was not evaluated"
+    else:
+        ppl = quality.perplexity
+        verb = "rises" if ppl.compressed >= ppl.base else "falls"
+        text += (
+            f"; perplexity on {ppl.dataset} {verb} from {perplexity(ppl.base)} to {perplexity(ppl.compressed)} "
+            f"({change(ppl.base, ppl.compressed)}), its predictions differ by {number(quality.kl.mean)} nats of KL "
+            f"divergence, and it ranks the same token first at {percent(quality.top1_agreement.mean)} of positions"
+        )
+    verified = report.verified
+    if verified is None:
+        return text + ". The written files were not opened again to verify them."
+    if verified.passed:
+        return text + f". Verified: {verified.loader} opens it and gives what was computed."
+    return text + f". NOT verified: opened by {verified.loader}, it differs from what was computed."
+
+
+def quantized_stage(report: Report) -> Stage | None:
+    """The last stage that recorded matrices, whose errors the report shows."""
+    stages = [stage for stage in report.stages if any(layer.modules for layer in stage.layers)]
+    return stages[-1] if stages else None
+
+
+def matrices(report: Report) -> list[MatrixRow]:
+    """Every quantized matrix in model order; what is outside of the layers comes last."""
+    stage = quantized_stage(report)
+    if stage is None:
+        return []
+    layers = sorted(stage.layers, key=lambda layer: math.inf if layer.layer is None else layer.layer)
+    pairs = [(layer, module) for layer in layers for module in layer.modules]
+    logs = [math.log(module.error) for _, module in pairs if module.error]
+    low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
+    return [_matrix_row(layer, module, low, high) for layer, module in pairs]
+
+
+def _matrix_row(layer: Layer, module: Module, low: float, high: float) -> MatrixRow:
+    bar = 0.0
+    if module.error:
+        bar = 100.0 if high == low else 4 + 96 * (math.log(module.error) - low) / (high - low)
+    _, found, inside = module.name.partition(f".{layer.layer}.")
+    return MatrixRow(layer.layer, inside if found else module.name, kind_of(module.name), module, bar)
+
+
+def kind_of(name: str) -> str:
+    """What a matrix is, from its module name: `model.layers.3.mlp.down_proj` is `down`."""
+    return re.sub(r"_proj$", "", name.rpartition(".")[2])
+
+
+def worst(report: Report, most: int = 5) -> list[MatrixRow]:
+    """The matrices with the largest output error, largest first."""
+    rows = [row for row in matrices(report) if row.module.error is not None]
+    return sorted(rows, key=lambda row: -(row.module.error or 0.0))[:most]
+
+
+def size_parts(report: Report) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Bytes of (the quantized matrices, all else) in the base and in the compressed checkpoint.
+
+    The base's split assumes one dtype throughout. None where the record can't tell: no quantized matrices, or a
+    parameter count that another stage changed.
+    """
+    base, compressed = report.base, report.compressed
+    weights = sum(math.prod(row.module.shape) for row in matrices(report))
+    bits = compressed.quantized_bits_per_weight
+    if not weights or bits is None or base.parameters != compressed.parameters or weights > base.parameters:
+        return None
+    before, after = base.bytes * weights / base.parameters, weights * bits / 8
+    if after > compressed.bytes:
+        return None
+    return (before, base.bytes - before), (after, compressed.bytes - after)
+
+
+def spec_words(stage: Stage) -> str:
+    """What the stage was asked to do, in short: method gptq, bits 4, ..."""
+    return ", ".join(f"{key} {_word(value)}" for key, value in stage.spec.items() if key != "kind" and value not in ({}, []))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

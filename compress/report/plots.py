@@ -1,0 +1,169 @@
+"""The pictures of report.html, as SVG that lies inside the page and takes its colours from the page's style sheet.
+
+Matplotlib is imported when a picture is drawn. It draws in placeholder colours that become CSS variables, so one picture
+serves the light and the dark scheme; text stays text. The same report gives the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from compress.report import figures
+from compress.report.figures import MatrixRow
+from compress.report.schema import Quality, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_VARIABLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)", "#040404": "var(--panel)"}
+_INK, _MUTED, _RULE, _PANEL = _VARIABLES
+_SERIES = [f"#0505{number:02x}" for number in range(8)]
+_VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
+_MARKERS = "osD^vPX*"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dscompress",
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _RULE,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+}
+
+
+def error_by_layer(report: Report) -> str | None:
+    """Relative output error of every matrix over the layers, a line for each kind; None without such errors."""
+    by_kind: dict[str, dict[int, list[MatrixRow]]] = {}
+    for row in figures.matrices(report):
+        if row.layer is not None and row.module.error:
+            by_kind.setdefault(row.kind, {}).setdefault(row.layer, []).append(row)
+    if not by_kind:
+        return None
+    fallbacks = [row for layers in by_kind.values() for rows in layers.values() for row in rows if row.module.fallback]
+    with _canvas(3.9) as (figure, axes):
+        axes.set_yscale("log")
+        for number, (kind, layers) in enumerate(by_kind.items()):
+            style = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8]}
+            means = [fmean(row.module.error or 0.0 for row in rows) for rows in layers.values()]
+            axes.plot(list(layers), means, label=kind, markersize=4, linewidth=1.4, markeredgewidth=0, **style)
+        if fallbacks:
+            ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": _INK}
+            places = [row.layer for row in fallbacks], [row.module.error for row in fallbacks]
+            axes.plot(*places, linestyle="none", label="fallback", **ring)
+        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_minor_formatter(lambda value, _: _minor_percent(value, axes))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="decoder layer", ylabel="relative output error")
+        axes.margins(x=0.02)
+        _legend(axes)
+        return _svg(figure, "layers", "Relative output error of every kind of matrix over the layers")
+
+
+def kl_by_window(quality: Quality) -> str | None:
+    """KL of every evaluation window, with their mean and its interval; None for fewer than two windows."""
+    windows = quality.kl_per_window
+    if len(windows) < 2:
+        return None
+    with _canvas(2.7) as (figure, axes):
+        if quality.kl.ci95 is not None:
+            axes.axhspan(*quality.kl.ci95, color=_SERIES[0], alpha=0.2, linewidth=0, label="95 % interval of the mean")
+        axes.axhline(quality.kl.mean, color=_SERIES[0], linewidth=1.4, label=f"mean {figures.number(quality.kl.mean)}")
+        size = 5 if len(windows) <= 200 else 2.5
+        axes.plot(windows, linestyle="none", marker="o", markersize=size, color=_SERIES[1], label="one window")
+        axes.set(xlabel="evaluation window, in the order of the text", ylabel="KL, nats per token")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.02)
+        _legend(axes)
+        return _svg(figure, "windows", "KL divergence of every evaluation window")
+
+
+def size_bars(report: Report) -> str | None:
+    """Bytes of the quantized matrices and of all else, before and after; None where the record can't tell."""
+    parts = figures.size_parts(report)
+    if parts is None:
+        return None
+    names = ["quantized matrices", "kept as they were (embeddings, norms, ...)"]
+    widest = max(report.base.bytes, report.compressed.bytes)
+    with _canvas(1.75) as (figure, axes):
+        for part, (name, colour) in enumerate(zip(names, [_SERIES[0], _SERIES[7]], strict=True)):
+            lefts, widths = [sum(bar[:part]) for bar in parts], [bar[part] for bar in parts]
+            axes.barh([1, 0], widths, 0.6, left=lefts, color=colour, label=name)
+            for y, left, width in zip((1, 0), lefts, widths, strict=True):
+                if width > 0.12 * widest:
+                    label = figures.size(width)
+                    axes.text(left + width / 2, y, label, color=_PANEL, ha="center", va="center_baseline")
+        for y, end in ((1, report.base.bytes), (0, report.compressed.bytes)):
+            axes.text(end + 0.01 * widest, y, figures.size(end), va="center_baseline")
+        axes.set_yticks([1, 0], ["base", "compressed"])
+        axes.tick_params(length=0)
+        axes.xaxis.set_visible(False)
+        axes.grid(False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_xlim(0, 1.13 * widest)
+        _legend(axes)
+        return _svg(figure, "sizes", "Bytes on disk of the base and of the compressed checkpoint")
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{100 * value:g} %"
+
+
+def _minor_percent(value: float, axes: "Axes") -> str:
+    """Labels 2 and 5 between the powers of ten where the axis spans less than two of them."""
+    low, high = axes.get_ylim()
+    return _percent(value, None) if high / low < 100 and f"{value:.0e}"[0] in "25" else ""
+
+
+def _legend(axes: "Axes") -> None:
+    columns = min(8, len(axes.get_legend_handles_labels()[0]))
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=1.6)
+
+
+@contextmanager
+def _canvas(height: float) -> "Iterator[tuple[Figure, Axes]]":
+    """An empty figure of this height (inches); draw and save it inside of the context, which holds the style."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _svg(figure: "Figure", prefix: str, label: str) -> str:
+    """The figure as an <svg> element for the page: ids of its own, the page's font, colours as CSS variables."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    viewbox = re.search(r'viewBox="[^"]*"', text)
+    assert viewbox is not None
+    text = text[text.index("</defs>", text.index("<style")) + len("</defs>") :]  # the prologue and its global style
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    return f'<svg role="img" aria-label="{label}" {viewbox[0]}>{text}'

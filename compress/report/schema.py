@@ -1,0 +1,187 @@
+"""The record of a run, `report.json`, as types: what the report writers read and what scripts may rely on.
+
+A field added later comes with a default, so that the reports of older versions still load. Sizes are bytes measured
+on disk, times are seconds, `bits_per_weight` is 8 * bytes / parameters. None means: not measured, never zero.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Interval = tuple[float, float]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Record):
+    """The model before: where it came from and its safetensors bytes (or the bytes that they would be)."""
+
+    model: str
+    bytes: Count
+    parameters: Count
+    fingerprint: str | None = None
+
+
+class Compressed(_Record):
+    """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included."""
+
+    path: str
+    bytes: Count
+    parameters: Count
+    bits_per_weight: float
+    quantized_bits_per_weight: float | None = None
+    format: str | None = None
+
+
+class Perplexity(_Record):
+    """Perplexity of both models on the same tokens; never compare two protocols. `tokens` counts the predicted ones."""
+
+    base: float
+    compressed: float
+    dataset: str
+    sequence_length: Count
+    windows: Count | None = None
+    tokens: Count
+
+
+class Divergence(_Record):
+    """KL(base || compressed), nats per token: mean with its 95 % interval (None for one window), 99th percentile."""
+
+    mean: float
+    ci95: Interval | None
+    p99: float
+
+
+class Agreement(_Record):
+    """Share of positions, 0 to 1, at which both models rank the same token first."""
+
+    mean: float
+    ci95: Interval | None
+
+
+class Task(_Record):
+    """One benchmark: the scores, their difference (compressed - base), its interval and p-value, the items."""
+
+    base: float
+    compressed: float
+    delta: float
+    ci95: Interval | None
+    p_value: float | None
+    n: Count
+
+
+class Quality(_Record):
+    """What compression cost, and how that was measured (`protocol`, in words)."""
+
+    perplexity: Perplexity
+    kl: Divergence
+    top1_agreement: Agreement
+    tasks: dict[str, Task] = {}
+    kl_per_window: list[float] = []
+    dtype: str | None = None
+    protocol: str | None = None
+
+
+class Module(_Record):
+    """One quantized matrix of shape [O, I].
+
+    `error` is the relative output error ||(W - W^) X||^2 / ||W X||^2 on the calibration inputs (None without
+    calibration), `weight_error` is ||W - W^||^2 / ||W||^2. `fallback` says what was used instead, and why.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    error: float | None = None
+    weight_error: float | None = None
+    damp: float | None = None
+    fallback: str | None = None
+
+
+class Layer(_Record):
+    """One decoder layer; `layer` is None for what lies outside of the layers (head, embeddings)."""
+
+    layer: int | None
+    seconds: Seconds
+    modules: list[Module] = []
+
+
+class Stage(_Record):
+    """One stage as it ran: its spec, its cost, its layers. `cached`: taken from an earlier run, whose cost it states."""
+
+    kind: str
+    spec: dict[str, Any] = {}
+    seconds: Seconds
+    peak_memory_bytes: Count | None
+    peak_gpu_memory_bytes: Count | None = None
+    cached: bool
+    device: str | None = None
+    dtype: str | None = None
+    resumed_layers: Count = 0
+    layers: list[Layer] = []
+
+
+class Calibration(_Record):
+    """The calibration text that was used."""
+
+    name: str | None
+    source: str
+    licence: str | None = None
+    sequences: Count
+    sequence_length: Count
+    tokens: Count
+    sha256: str | None = None
+
+
+class Generation(_Record):
+    """Greedy continuations of one prompt."""
+
+    prompt: str
+    base: str
+    compressed: str
+
+
+class Verified(_Record):
+    """The written checkpoint opened again by `loader` and compared with what was computed."""
+
+    loader: str
+    max_logit_difference: float | None
+    tolerance: float | None = None
+    passed: bool
+    note: str | None = None
+
+
+class Machine(_Record):
+    """Where it ran."""
+
+    cpu: str
+    cores: Count
+    memory_bytes: Count
+    gpu: str | None = None
+
+
+class Report(_Record):
+    """`report.json`. `size_ratio` is base bytes / compressed bytes; `created` is ISO 8601; `seconds` the whole run."""
+
+    name: str
+    recipe: dict[str, Any]
+    created: str
+    seconds: Seconds
+    base: Base
+    compressed: Compressed
+    size_ratio: float
+    quality: Quality | None
+    stages: list[Stage]
+    calibration: Calibration | None = None
+    generations: list[Generation] = []
+    generations_note: str | None = None
+    verified: Verified | None
+    machine: Machine | None = None
+    versions: dict[str, str]
+    warnings: list[str] = []

@@ -1,0 +1,399 @@
+"""Runs a recipe: stages in order, each skipped when its artefact is there; then verification, evaluation, the report.
+
+What is finished is named by fingerprints, so the same command continues a run that was stopped anywhere, and never
+does anything twice. The output folder appears by one rename, with the checkpoint and its report in it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.artefact import Record, RunLock, commit, fingerprint, now, publish, read_record, versions, write_text
+from compress.errors import ModelError, OutputError
+from compress.memory import available, physical
+from compress.model.arch import check_supported
+from compress.model.checkpoint import Checkpoint, unwritable
+from compress.model.source import resolve_model
+from compress.plan import estimate, parameter_count, plan_matrices, quantized_bytes
+from compress.progress import Reporter
+from compress.recipe import CalibrationSpec, Recipe
+from compress.report import schema
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from compress.data.calibration import TokenSet
+    from compress.stages.context import Context
+
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that returns the largest number in a list.",
+    "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a recipe.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:<n>".
+        work_dir: for intermediate artefacts; None is `.dscompress` beside the output.
+        fresh: forget what earlier runs of this recipe finished.
+    """
+
+    device: str = "auto"
+    work_dir: Path | None = None
+    fresh: bool = False
+
+
+def work_folder(output: Path, options: Options) -> Path:
+    """Where intermediate artefacts lie."""
+    return options.work_dir or output.parent / ".dscompress"
+
+
+def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
+    """Run a recipe to its report.
+
+    Raises:
+        UserError: something in the recipe, the model, the text or the folders that the user can mend.
+        DscompressError: a run that failed otherwise.
+    """
+    output = Path(recipe.output)
+    work = work_folder(output, options)
+    check_output(output)
+    _make(work)
+    with RunLock(work):
+        try:
+            return _Run(recipe, options, reporter, output, work).run()
+        except OSError as error:
+            raise unwritable(Path(error.filename or work), error) from error
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that holds something else than an earlier result.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "dscompress.json").is_file()):
+        raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: is not writable; make it so or choose another --output or --work-dir")
+
+
+class _Run:
+    """One run under way."""
+
+    def __init__(self, recipe: Recipe, options: Options, reporter: Reporter, output: Path, work: Path) -> None:
+        self.recipe, self.options, self.reporter = recipe, options, reporter
+        self.output, self.work = output, work
+        self.started = time.monotonic()
+
+    def run(self) -> schema.Report:
+        recipe, say = self.recipe, self.reporter.say
+        folder = resolve_model(recipe.model, recipe.revision, self.work, say)
+        base = Checkpoint(folder)
+        check_supported(base.config, recipe.model)
+        for number, spec in enumerate(recipe.stages):
+            plan_matrices(spec, base, f"stages.{number}")
+        context, self.tokenizer = self._context(base)
+        base_id = fingerprint("base", base.fingerprint())
+        parent, parent_id = base, base_id
+        stages = []
+        for spec in recipe.stages:
+            parent, parent_id, stage = self._stage(spec, parent, parent_id, base_id, context)
+            stages.append(stage)
+        verified = self._verify(parent, parent_id, context)
+        quality = self._evaluate(base, base_id, parent, parent_id, context)
+        generations, note = self._generate(base, base_id, parent, parent_id, context)
+        report = schema.Report(
+            name=recipe.name, recipe=_shown(recipe), created=now(), seconds=time.monotonic() - self.started,
+            base=schema.Base(
+                model=recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=base_id
+            ),
+            compressed=self._compressed(base, parent, stages), size_ratio=base.bytes / parent.bytes, quality=quality,
+            stages=stages, calibration=_calibration(context.tokens), generations=generations, generations_note=note,
+            verified=verified, machine=machine(context.device), versions=versions(), warnings=self.reporter.warnings,
+        )  # fmt: skip
+        self._publish(parent.folder, report)
+        return report
+
+    def _context(self, base: Checkpoint) -> "tuple[Context, PreTrainedTokenizerBase]":
+        """Device, precision, tokenizer and calibration tokens; everything that imports torch starts here."""
+        import torch
+
+        from compress.stages.context import Context, pick_device, pick_dtype
+        from compress.stages.verify import probe_tokens
+
+        recipe = self.recipe
+        device = pick_device(self.options.device)
+        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
+        tokens = self._tokens(tokenizer, base) if any(s.method == "gptq" for s in recipe.stages) else None
+        stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
+        dtype = pick_dtype(device, stored)
+        probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        self.reporter.say(f"{recipe.model}: {base.bytes / 1e6:,.0f} MB; computing in {dtype} on {where}")
+        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code), tokenizer
+
+    def _tokens(self, tokenizer: "PreTrainedTokenizerBase", base: Checkpoint) -> "TokenSet":
+        from compress.data.calibration import load_calibration
+        from compress.recipe_yaml import load_calibration_spec
+
+        spec = self.recipe.calibration
+        if not isinstance(spec, CalibrationSpec):
+            spec = load_calibration_spec(spec, base=Path.cwd())
+        check_length(base, spec.sequence_length, "calibration.sequence_length")
+        tokens = load_calibration(spec, tokenizer)
+        for warning in tokens.warnings:
+            self.reporter.warn(warning)
+        self.reporter.say(
+            f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}"
+        )
+        return tokens
+
+    def _stage(
+        self, spec: Any, parent: Checkpoint, parent_id: str, base_id: str, context: "Context"
+    ) -> tuple[Checkpoint, str, schema.Stage]:
+        """A stage's artefact, made or found: the checkpoint, its fingerprint, its record."""
+        from compress.stages.quantize import CODE_VERSION, PROBE, quantize
+        from compress.stages.verify import probe_of
+
+        needed = context.tokens.sha256 if context.tokens is not None and spec.method == "gptq" else None
+        key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, CODE_VERSION)
+        final, part = self.work / "stages" / key, self.work / "stages" / f"{key}.part"
+        if self.options.fresh:
+            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
+        record = read_record(final)
+        if record is not None:
+            self.reporter.say(f"{spec.kind}: finished before, taken from {final}")
+            return Checkpoint(final), key, record.stage.model_copy(update={"cached": True})
+        stage = quantize(spec, parent, part, context)
+        logits = _logits(part / PROBE)
+        record = Record(
+            fingerprint=key, parent=parent_id, base=base_id, stage=stage, created=now(), versions=versions(),
+            probe=probe_of(logits, context.probe[0], context.dtype),
+        )  # fmt: skip
+        write_text(part / "checkpoint" / "dscompress.json", record.model_dump_json(indent=2) + "\n")
+        (part / PROBE).replace(self.work / "stages" / f"{key}.{PROBE}")
+        commit(part / "checkpoint", final)
+        shutil.rmtree(part, ignore_errors=True)
+        return Checkpoint(final), key, stage
+
+    def _verify(self, result: Checkpoint, key: str, context: "Context") -> schema.Verified:
+        from compress.stages.quantize import PROBE
+        from compress.stages.verify import verify_logits
+
+        self.reporter.say("verifying: opening the checkpoint with the stock loader")
+        expected = _logits(self.work / "stages" / f"{key}.{PROBE}")
+        verified = verify_logits(
+            result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code
+        )
+        if not verified.passed:
+            self.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {verified.note or 'it differs'}")
+        return verified
+
+    def _evaluate(
+        self, base: Checkpoint, base_id: str, result: Checkpoint, key: str, context: "Context"
+    ) -> schema.Quality | None:
+        spec = self.recipe.evaluate
+        if spec is None:
+            return None
+        from compress.data.calibration import load_windows
+        from compress.export.dense import DenseView
+        from compress.stages.evaluate import CODE_VERSION, compare
+
+        check_length(base, spec.sequence_length, "evaluate.sequence_length")
+        windows = load_windows(
+            spec.text, self.tokenizer, sequence_length=spec.sequence_length, windows=spec.windows
+        )
+        for warning in windows.warnings:
+            self.reporter.warn(warning)
+        cache = self.work / "evaluations"
+        found = cache / f"{fingerprint(base_id, key, windows.sha256, str(context.dtype), CODE_VERSION)}.json"
+        if found.is_file():
+            return schema.Quality.model_validate_json(found.read_text(encoding="utf-8"))
+        quality = schema.Quality.model_validate(compare(base, DenseView(result), windows, context, cache, base_id))
+        write_text(found, quality.model_dump_json())
+        return quality
+
+    def _generate(
+        self, base: Checkpoint, base_id: str, result: Checkpoint, key: str, context: "Context"
+    ) -> tuple[list[schema.Generation], str | None]:
+        """Continuations of the prompts by both models, or why there are none."""
+        spec = self.recipe.evaluate
+        if spec is None:
+            return [], "evaluation is turned off"
+        if result.config["quantization_config"]["quant_method"] == "gptq":
+            return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
+        needed, free = int(parameter_count(base) * context.dtype.itemsize * 1.3), available(context.device)
+        if needed > free:
+            return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+        prompts = list(spec.prompts or PROMPTS)
+        self.reporter.say(f"generating: {len(prompts)} prompts with each model")
+        texts = []
+        for checkpoint, identity in ((base, base_id), (result, key)):
+            answer = self._continuations(checkpoint, identity, prompts, context)
+            if isinstance(answer, str):
+                return [], answer
+            texts.append(answer)
+        rows = zip(prompts, *texts, strict=True)
+        return [schema.Generation(prompt=p, base=b, compressed=c) for p, b, c in rows], None
+
+    def _continuations(
+        self, checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: "Context"
+    ) -> list[str] | str:
+        from compress.evaluate.stock import NEW_TOKENS, Request, ask
+
+        cached = self.work / "evaluations" / f"{fingerprint('texts', identity, prompts, str(context.dtype), NEW_TOKENS)}.json"
+        if cached.is_file():
+            texts: list[str] = json.loads(cached.read_text(encoding="utf-8"))
+            return texts
+        name = str(context.dtype).removeprefix("torch.")
+        answer = ask(
+            Request(
+                str(checkpoint.folder), str(context.device), name, prompts=list(prompts),
+                trust_remote_code=context.trust_remote_code,
+            )
+        )  # fmt: skip
+        if answer.failure is not None:
+            return f"the stock loader failed: {answer.failure}"
+        cached.parent.mkdir(exist_ok=True)
+        write_text(cached, json.dumps(answer.continuations))
+        return answer.continuations
+
+    def _compressed(self, base: Checkpoint, result: Checkpoint, stages: Sequence[schema.Stage]) -> schema.Compressed:
+        spec = self.recipe.stages[-1]
+        matrices = plan_matrices(spec, base, "stages")
+        weights = sum(m.shape[0] * m.shape[1] for m in matrices)
+        parameters = parameter_count(base)
+        return schema.Compressed(
+            path=str(self.output), bytes=result.bytes, parameters=parameters, format=spec.format,
+            bits_per_weight=8 * result.bytes / parameters,
+            quantized_bits_per_weight=8 * sum(quantized_bytes(m) for m in matrices) / weights,
+        )  # fmt: skip
+
+    def _publish(self, artefact: Path, report: schema.Report) -> None:
+        from compress.report.write import write_model_card, write_report
+
+        partial = self.output.with_name(f".{self.output.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        publish(artefact, partial)
+        write_report(report, partial)
+        write_model_card(report, partial)
+        check_output(self.output)
+        commit(partial, self.output)
+
+
+def _logits(file: Path) -> "torch.Tensor":
+    from compress.model.checkpoint import read_part
+
+    return read_part(file)[0]["logits"]
+
+
+def _calibration(tokens: "TokenSet | None") -> schema.Calibration | None:
+    if tokens is None:
+        return None
+    return schema.Calibration(
+        name=tokens.name, source=Path(tokens.source).name, licence=tokens.licence, sequences=tokens.sequences,
+        sequence_length=tokens.sequence_length, tokens=tokens.count, sha256=tokens.sha256,
+    )  # fmt: skip
+
+
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as the report repeats it: what was given, without defaults."""
+    return recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def check_length(base: Checkpoint, sequence_length: int, where: str) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        ModelError: naming the field.
+    """
+    limit = base.config.get("max_position_embeddings")
+    if limit and sequence_length > limit:
+        raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: no usable tokenizer ({reason}); add tokenizer.json and its config") from error
+    return tokenizer
+
+
+def machine(device: "torch.device") -> schema.Machine:
+    """Where this runs."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return schema.Machine(cpu=_cpu_name(), cores=os.cpu_count() or 1, memory_bytes=physical(), gpu=gpu)
+
+
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(recipe: Recipe, options: Options, reporter: Reporter) -> list[str]:
+    """What `--dry-run` prints: the plan with sizes, memory and disk; nothing is computed or written but a GGUF's copy."""
+    output = Path(recipe.output)
+    work = work_folder(output, options)
+    check_output(output)
+    base = Checkpoint(resolve_model(recipe.model, recipe.revision, work, reporter.say))
+    check_supported(base.config, recipe.model)
+    sequences, length = _asked(recipe)
+    lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {base.bytes / 1e9:.2f} GB"]
+    for number, spec in enumerate(recipe.stages):
+        matrices = plan_matrices(spec, base, f"stages.{number}")
+        plan = estimate(matrices, base, sequences, length)
+        kinds = ", ".join(sorted({f"{m.bits} bits g{m.group_size}" for m in matrices}))
+        lines += [
+            f"stage    {spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}",
+            f"result   about {plan.output_bytes / 1e9:.2f} GB, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
+            f"memory   about {plan.memory_bytes / 1e9:.1f} GB at most ({sequences} x {length} calibration tokens)",
+            f"disk     about {plan.disk_bytes / 1e9:.1f} GB under {work.parent}, {shutil.disk_usage(_existing(work)).free / 1e9:.0f} GB free",
+        ]
+    return [*lines, f"output   {output}"]
+
+
+def _asked(recipe: Recipe) -> tuple[int, int]:
+    from compress.recipe_yaml import load_calibration_spec
+
+    spec = recipe.calibration
+    if not isinstance(spec, CalibrationSpec):
+        spec = load_calibration_spec(spec, base=Path.cwd())
+    return spec.samples, spec.sequence_length
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())

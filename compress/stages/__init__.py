@@ -1,0 +1,1 @@
+"""Stages: `stage(spec, parent, output, context) -> record`, each from a checkpoint to a checkpoint folder."""

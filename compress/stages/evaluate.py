@@ -1,0 +1,73 @@
+"""Compares two checkpoints on a text, each streamed layer by layer: neither is ever held.
+
+The base model's last hidden states are kept in the work folder, by fingerprint: a sweep pays for them once.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artefact import fingerprint
+from compress.data.calibration import TokenSet
+from compress.evaluate.divergence import TokenDivergence, summarise, token_divergence
+from compress.model.checkpoint import read_part, write_part
+from compress.model.stream import LayerStream, Source
+from compress.stages.context import Context
+
+CODE_VERSION = 1
+
+
+@torch.no_grad()
+def compare(base: Source, candidate: Source, windows: TokenSet, context: Context, cache: Path, base_id: str) -> dict[str, Any]:
+    """Perplexity of both, KL(base || candidate) and agreement: a `compress.report.schema.Quality` as a dict.
+
+    Args:
+        base: the original.
+        candidate: what became of it, read as a dense model.
+        windows: tokens [W, S].
+        context: where to compute.
+        cache: folder in which the base's hidden states are kept.
+        base_id: fingerprint of the base.
+    """
+    streams = [LayerStream(s, context.device, context.dtype, context.trust_remote_code) for s in (base, candidate)]
+    key = fingerprint("hidden", CODE_VERSION, base_id, windows.sha256, str(context.dtype))
+    kept = cache / f"{key}.safetensors"
+    if kept.exists():
+        hidden_base = list(read_part(kept)[0]["hidden"].to(context.device).split(1))
+    else:
+        hidden_base = _last_hidden(streams[0], windows.tokens, context, "evaluating the base")
+        cache.mkdir(parents=True, exist_ok=True)
+        write_part(kept, {"hidden": torch.cat(hidden_base).cpu()}, {})
+    hidden_candidate = _last_hidden(streams[1], windows.tokens, context, "evaluating the result")
+    rows: list[TokenDivergence] = []
+    with (
+        streams[0].outer(),
+        streams[1].outer(),
+        context.reporter.task("comparing", len(windows.tokens), "window") as advance,
+    ):
+        for tokens, one, other in zip(windows.tokens, hidden_base, hidden_candidate, strict=True):
+            logits = [s.logits(h)[0, :-1] for s, h in zip(streams, (one, other), strict=True)]
+            rows.append(token_divergence(logits[0], logits[1], tokens[1:].to(context.device)))
+            advance()
+    return summarise(
+        TokenDivergence(*(torch.stack([getattr(r, f.name) for r in rows]).cpu() for f in fields(TokenDivergence))),
+        dataset=windows.name,
+        sequence_length=windows.sequence_length,
+        dtype=str(context.dtype).removeprefix("torch."),
+    )
+
+
+def _last_hidden(stream: LayerStream, tokens: Tensor, context: Context, title: str) -> list[Tensor]:
+    """What the last layer puts out for every window: [1, S, D] each."""
+    activations = stream.start(tokens)
+    with context.reporter.task(title, stream.depth, "layer") as advance:
+        for index in range(stream.depth):
+            stream.fill_layer(index, stream.load_layer(index))
+            stream.run_layer(index, activations)
+            stream.empty_layer(index)
+            advance()
+    stream.close()
+    return [window for batch in activations.hidden for window in batch.split(1)]

@@ -1,0 +1,343 @@
+"""The quantize stage: every decoder layer through the layer loop, its linears replaced as their inputs arrive.
+
+Each finished layer is a file of its own; a run that was stopped continues behind the last one. It replays the finished
+layers with the weights that were written, which gives the activations that an uninterrupted run had, bit for bit.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artefact import write_text
+from compress.errors import NumericalError, RecipeError
+from compress.export.formats import FORMATS
+from compress.memory import PeakMemory
+from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
+from compress.model.stream import Activations, LayerStream
+from compress.plan import Matrix, find_modules, plan_matrices
+from compress.quant.gptq import Factor, factorize, gptq, importance, round_to_nearest, visiting_order
+from compress.quant.grid import Grid, Quantized
+from compress.quant.statistics import gram
+from compress.recipe import QuantizeStage
+from compress.report import schema
+from compress.stages.context import Context
+
+CODE_VERSION = 1  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+_OUTER = "outer.safetensors"
+PROBE = "probe.safetensors"
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+
+
+def quantize(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> schema.Stage:
+    """Quantize the linears of a checkpoint.
+
+    Args:
+        spec: the stage.
+        parent: a dense checkpoint.
+        output: folder for parts and, at the end, `output/checkpoint`; what is there already is continued.
+        context: device, calibration tokens, progress.
+
+    Returns:
+        The stage's record. `output/probe.safetensors` (PROBE) holds the logits [S, V] of the finished model on the probe.
+
+    Raises:
+        RecipeError: modules that the format or the group size can't hold.
+        ModelError: damaged weights.
+        NumericalError: NaN or inf on the way.
+        OutputError: nothing can be written.
+    """
+    return _Quantization(spec, parent, output, context).run()
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """One matrix after the solver, with what the report says of it."""
+
+    quantized: Quantized
+    module: schema.Module
+
+
+class _Quantization:
+    """One quantize stage under way."""
+
+    def __init__(self, spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> None:
+        self.spec, self.parent, self.output, self.context = spec, parent, output, context
+        self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
+        self.modules = find_modules(parent)
+        self.format = FORMATS[spec.format]
+        self.stored = _stored_dtype(parent)
+        self.grids = {name: self._grid(matrix) for name, matrix in self.matrices.items()}
+        problems = self.format.problems(
+            {name: matrix.shape for name, matrix in self.matrices.items()}, self.grids, self._embeddings()
+        )
+        if problems:
+            raise RecipeError([f"stages: {problem}" for problem in problems])
+        self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code)
+        self.resumed = 0
+
+    def _embeddings(self) -> list[str]:
+        return [name for name in self.matrices if name == self.modules.embeddings]
+
+    def _grid(self, matrix: Matrix) -> Grid:
+        scale_dtype = self.format.scale_dtype(self.stored)
+        return Grid(matrix.bits, matrix.group_size, matrix.symmetric, scale_dtype, self.format.zero_minimum)
+
+    @torch.no_grad()
+    def run(self) -> schema.Stage:
+        started, memory = time.monotonic(), PeakMemory(self.context.device)
+        parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(self.stream.depth)]
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.resumed = sum(part.exists() for part in parts)
+        if self.resumed:
+            self.context.reporter.say(f"continuing behind {self.resumed} finished layers")
+        layers = self._layers(parts)
+        self._finish([self.output / _OUTER, *parts])
+        fallbacks = sum(1 for layer in layers for module in layer.modules if module.fallback)
+        if fallbacks:
+            self.context.reporter.warn(f"{fallbacks} of {len(self.matrices)} matrices fell back to round-to-nearest")
+        host, gpu = memory.peak()
+        return schema.Stage(
+            kind=self.spec.kind, spec=self.spec.model_dump(mode="json"), seconds=time.monotonic() - started,
+            peak_memory_bytes=host, peak_gpu_memory_bytes=gpu, cached=False, device=str(self.context.device),
+            dtype=str(self.context.dtype).removeprefix("torch."), resumed_layers=self.resumed, layers=layers,
+        )  # fmt: skip
+
+    def _layers(self, parts: list[Path]) -> list[schema.Layer]:
+        """Run all layers, then what lies outside of them; one part is written for each."""
+        stream, records = self.stream, []
+        outside = self._embed()
+        probe = stream.start(self.context.probe)
+        activations = stream.start(self._calibration()) if self._calibrates else None
+        with ThreadPoolExecutor(1, "write") as writer:
+            writing: Future[None] | None = None
+            title = f"{self.spec.method} {self.spec.bits}-bit"
+            with self.context.reporter.task(title, stream.depth, "layer") as advance:
+                for index, part in enumerate(parts):
+                    if part.exists():
+                        records.append(self._replay(index, part, activations))
+                    else:
+                        tensors, record = self._transform(index, activations)
+                        if writing is not None:
+                            writing.result()
+                        writing = writer.submit(write_part, part, tensors, {"layer": record.model_dump_json()})
+                        records.append(record)
+                    stream.run_layer(index, probe)
+                    stream.empty_layer(index)
+                    advance()
+            if writing is not None:
+                writing.result()
+        stream.close()
+        records += self._outside(outside, activations, probe)
+        return records
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.spec.method == "gptq"
+
+    def _calibration(self) -> Tensor:
+        assert self.context.tokens is not None, "gptq needs calibration tokens"
+        return self.context.tokens.tokens
+
+    def _replay(self, index: int, part: Path, activations: Activations | None) -> schema.Layer:
+        """Put a finished layer's weights back and run it."""
+        tensors, metadata = read_part(part)
+        tensors = {name: tensor.to(self.context.device) for name, tensor in tensors.items()}
+        self.stream.fill_layer(index, self._dense(tensors))
+        if activations is not None:
+            self.stream.run_layer(index, activations)
+        return schema.Layer.model_validate_json(metadata["layer"])
+
+    def _dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a part with the quantized modules dequantized."""
+        dense, packed = {}, {}
+        for name, tensor in tensors.items():
+            module, _, local = name.rpartition(".")
+            if module in self.grids and local in self.format.parts:
+                packed.setdefault(module, {})[local] = tensor
+            else:
+                dense[name] = tensor
+        for module, local_tensors in packed.items():
+            unpacked = self.format.unpack(local_tensors, self.grids[module])
+            dense[f"{module}.weight"] = unpacked.dequantize(self.context.dtype)
+        return dense
+
+    def _transform(self, index: int, activations: Activations | None) -> tuple[dict[str, Tensor], schema.Layer]:
+        """Quantize one layer; returns what is written for it and its record."""
+        started = time.monotonic()
+        stream, prefix = self.stream, self.stream.prefix(index)
+        raw = stream.load_layer(index)
+        _check_finite(raw)
+        stream.fill_layer(index, raw)
+        solved: dict[str, _Solved] = {}
+
+        def visit(group: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+            names = [prefix + name for name in group if prefix + name in self.matrices]
+            if not names:
+                return
+            found = self._solve({name: raw[f"{name}.weight"] for name in names}, inputs)
+            solved.update(found)
+            stream.fill_layer(
+                index, {f"{n}.weight": s.quantized.dequantize(self.context.dtype) for n, s in found.items()}
+            )
+
+        if activations is None:
+            names = [name for name in self.matrices if name.startswith(prefix)]
+            visit(tuple(name.removeprefix(prefix) for name in names), iter(()))
+        else:
+            stream.run_layer(index, activations, visit)
+        missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
+        if missed:
+            raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
+        modules = [solved[name].module for name in self.matrices if name in solved]
+        return self._packed(raw, solved), schema.Layer(
+            layer=index, seconds=time.monotonic() - started, modules=modules
+        )
+
+    def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, _Solved]) -> dict[str, Tensor]:
+        """Tensors to write: packed modules in place of their weights, the rest as it was stored."""
+        kept = {name: tensor for name, tensor in raw.items() if name.removesuffix(".weight") not in solved}
+        for name, each in solved.items():
+            kept |= {f"{name}.{local}": tensor for local, tensor in self.format.pack(each.quantized).items()}
+        return {name: tensor.cpu() for name, tensor in kept.items()}
+
+    def _solve(self, weights: Mapping[str, Tensor], inputs: Iterator[Tensor]) -> dict[str, _Solved]:
+        """Quantize matrices that share their inputs; those on one grid are solved as one tall matrix."""
+        hessian, _ = gram(inputs)
+        by_grid: dict[Grid, list[str]] = {}
+        for name in weights:
+            by_grid.setdefault(self.grids[name], []).append(name)
+        solved: dict[str, _Solved] = {}
+        for grid, names in by_grid.items():
+            stacked = torch.cat([weights[name] for name in names]).float()
+            whole, damp, fallback = self._quantize(stacked, hessian, grid, names)
+            start = 0
+            for name in names:
+                rows = slice(start, start + weights[name].shape[0])
+                start = rows.stop
+                part = Quantized(whole.codes[rows], whole.scale[rows], whole.zero[rows], grid)
+                solved[name] = _Solved(part, _record(name, stacked[rows], part, hessian, damp, fallback))
+        return solved
+
+    def _quantize(
+        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
+    ) -> tuple[Quantized, float | None, str | None]:
+        """The solver of the spec, or round-to-nearest where no damping repairs the Hessian; its damp, and why not."""
+        clip = self.spec.clip or ("hessian" if hessian is not None else "mse")
+        if hessian is None:
+            ones = torch.ones(weight.shape[1], device=weight.device)
+            return round_to_nearest(weight, importance(ones, clip), grid), None, None
+        diagonal = hessian.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
+        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
+        try:
+            factor: Factor = factorize(hessian, order, self.spec.damp)
+        except NumericalError as error:
+            return round_to_nearest(weight, importance(diagonal, clip), grid), None, str(error)
+        return gptq(weight, factor, grid, clip), factor.damp, None
+
+    def _embed(self) -> dict[str, _Solved]:
+        """Quantize the token embeddings where the spec asks, before anything is computed from them."""
+        name = self.modules.embeddings
+        if name not in self.matrices:
+            return {}
+        weight = self.parent.load([f"{name}.weight"], self.context.device)
+        solved = self._solve({name: weight[f"{name}.weight"]}, iter(()))
+        self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
+        return solved
+
+    def _head(self, raw: Mapping[str, Tensor], activations: Activations | None) -> dict[str, _Solved]:
+        """Quantize the output head where the spec asks, on what the last layer and the final norm put out."""
+        name = self.modules.head
+        if name not in self.matrices:
+            return {}
+        weight = raw.get(f"{name}.weight", raw.get(f"{self.modules.embeddings}.weight"))
+        assert weight is not None, "plan_matrices names a head only where its weights are"
+        hidden = [] if activations is None else activations.hidden
+        with self.stream.outer():
+            solved = self._solve({name: weight.to(self.context.device)}, map(self.stream.head_inputs, hidden))
+        self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
+        return solved
+
+    def _outside(
+        self, solved: dict[str, _Solved], activations: Activations | None, probe: Activations
+    ) -> list[schema.Layer]:
+        """Write embeddings, norm and head, and what the finished model says to the probe."""
+        started = time.monotonic()
+        inside = self.modules.layers + "."
+        raw = self.parent.load([name for name in self.parent.tensors if not name.startswith(inside)])
+        _check_finite(raw)
+        solved |= self._head(raw, activations)
+        if self.parent.config.get("tie_word_embeddings") and f"{self.modules.embeddings}.weight" in raw:
+            raw.pop(f"{self.modules.head}.weight", None)  # stored once
+        with self.stream.outer():
+            logits = self.stream.logits(probe.hidden[0])[0]
+        write_part(self.output / _OUTER, self._packed(raw, solved), {})
+        write_part(self.output / PROBE, {"logits": logits.float().cpu()}, {})
+        modules = [each.module for each in solved.values()]
+        return [schema.Layer(layer=None, seconds=time.monotonic() - started, modules=modules)] if modules else []
+
+    def _finish(self, parts: list[Path]) -> None:
+        """Join the parts to a checkpoint folder with everything that a loader wants."""
+        folder = self.output / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        merge_parts(parts, folder)
+        for file in self.parent.folder.iterdir():
+            if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith(".") and file.name not in ("config.json", "README.md"):
+                shutil.copy2(file, folder / file.name)
+        unquantized = [name for name in self.modules.linears if name not in self.matrices]
+        unquantized += [self.modules.head] if self.modules.head not in self.matrices else []
+        config: dict[str, Any] = dict(self.parent.config)
+        config["quantization_config"] = self.format.config(self.grids, unquantized, self._embeddings())
+        if self.modules.head in self.matrices:
+            config["tie_word_embeddings"] = False
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, content in self.format.extra_files(config["quantization_config"]).items():
+            write_text(folder / name, content)
+
+
+def _record(
+    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, damp: float | None, fallback: str | None
+) -> schema.Module:
+    """What the report says of a matrix."""
+    missed = weight - quantized.dequantize()
+    rows, columns = weight.shape
+    return schema.Module(
+        name=name, shape=(rows, columns), bits=quantized.grid.bits, group_size=quantized.grid.group_size,
+        symmetric=quantized.grid.symmetric, damp=damp, fallback=fallback,
+        error=None if hessian is None else _share(_energy(missed, hessian), _energy(weight, hessian)),
+        weight_error=_share(missed.square().sum(), weight.square().sum()),
+    )  # fmt: skip
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """||matrix X||^2 from X^T X."""
+    return ((matrix @ hessian) * matrix).sum()
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else 0.0
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the decoder layers' weights."""
+    by_name: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    first = next(iter(find_modules(checkpoint).linears))
+    return by_name[checkpoint.tensors[f"{first}.weight"].dtype]
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(f"{name} holds NaN or inf: the model is damaged; download or export it again")
+
+

@@ -1,0 +1,113 @@
+"""The shape of the code, read from its syntax: who imports whom, what stays free of torch, how long things grow.
+
+cli -> sweep -> runner -> stages -> quant | prune | train | evaluate | export
+                          stages -> model, data -> kernels
+recipe, artefact, errors, report: no torch, whatever they import
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "compress").rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+FOLDERS = {"compress", "recipes", "calibration", "tests", "examples"}
+WRITTEN_BY_RUNS_AND_BUILDS = {"outputs", "build", "dist", "__pycache__"}
+LIGHT = ("compress.recipe", "compress.recipe_yaml", "compress.artefact", "compress.errors", "compress.report")
+HEAVY = ("torch", "transformers")
+SIBLINGS = ("quant", "prune", "train", "evaluate", "export")
+ABOVE = ("compress.runner", "compress.sweep", "compress.cli", "compress.__main__")  # each may import those before it
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    """Whether the module is one of the packages, or inside one."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names(node: ast.AST) -> Iterator[str]:
+    """Modules that one import statement reaches; `from a import b` may mean the module a.b, so both are given."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module, "compress is imported by its full name"
+        yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(module: str) -> set[str]:
+    """All that a module imports, anywhere in it."""
+    return {name for node in ast.walk(tree(MODULES[module])) for name in names(node)}
+
+
+def imports_at_start(module: str) -> set[str]:
+    """What is imported because this module is: its statements outside functions, and its parent packages."""
+    found = {module.rpartition(".")[0]} - {""}
+    waiting: list[ast.AST] = [tree(MODULES[module])]
+    while waiting:
+        node = waiting.pop()
+        found.update(names(node))
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def test_modules_are_found() -> None:
+    assert {"compress", "compress.errors", "compress.recipe", "compress.quant.grid"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if within(module, LIGHT)])
+def test_light_modules_never_import_torch(module: str) -> None:
+    assert not {name for name in imports(module) if within(name, HEAVY)}
+    reached, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        assert not within(name, HEAVY), f"{module} reaches {name} as soon as it is imported"
+        reached.add(name)
+        if name in MODULES:
+            waiting |= imports_at_start(name) - reached
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_siblings_do_not_import_each_other(sibling: str) -> None:
+    others = tuple(f"compress.{other}" for other in SIBLINGS if other != sibling)
+    shared = ("compress.quant.grid",) if sibling == "export" else ()  # the one definition of rounding
+    for module in MODULES:
+        if within(module, (f"compress.{sibling}",)):
+            assert not {name for name in imports(module) if within(name, others) and not within(name, shared)}, module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_below_imports_the_runner(module: str) -> None:
+    rank = ABOVE.index(module) if module in ABOVE else 0
+    assert not {name for name in imports(module) if within(name, ABOVE[rank:])}
+
+
+def test_models_and_data_know_no_stage() -> None:
+    stages = tuple(f"compress.{sibling}" for sibling in SIBLINGS)
+    for module in MODULES:
+        if within(module, ("compress.model", "compress.data")):
+            assert not {name for name in imports(module) if within(name, stages)}, module
+
+
+def test_top_level_folders() -> None:
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert folders - WRITTEN_BY_RUNS_AND_BUILDS <= FOLDERS
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_stay_short(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 400
+    for node in ast.walk(tree(MODULES[module])):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
