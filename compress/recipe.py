@@ -242,9 +242,9 @@ class Recipe(_Closed):
         min_length=1,
         description="What to do, in order; each item is a mapping with its kind, such as {kind: quantize, bits: 4}.",
     )
-    evaluate: Annotated[
-        EvaluateSpec | None, BeforeValidator(_parse_switch, json_schema_input_type=EvaluateSpec | bool | None)
-    ] = Field(default=EvaluateSpec(), description="How the result is measured; false or null skips it.")
+    evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_parse_switch)] = Field(
+        default=EvaluateSpec(), description="How the result is measured; false or null skips it."
+    )
     output: Text = Field(description="Folder of the finished checkpoint and its report, such as outputs/my_model.")
 
     @field_validator("stages")
@@ -265,4 +265,6 @@ def bundled_dir(kind: Literal["recipes", "calibration"]) -> Path:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe as it may be written, for editors that complete and check YAML."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    schema = Recipe.model_json_schema()
+    schema["properties"]["evaluate"]["anyOf"].append({"type": "boolean"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

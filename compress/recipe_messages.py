@@ -67,9 +67,9 @@ def known_fields(schema: type[BaseModel], location: Location) -> dict[str, Field
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """The models inside an annotation such as list[A] or dict[str, B] | None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
+    if arguments := get_args(annotation):  # first: in Python 3.10, list[A] passes for a class
+        return [model for argument in arguments for model in _models(argument)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def syntax_message(error: yaml.YAMLError) -> str:
@@ -78,7 +78,7 @@ def syntax_message(error: yaml.YAMLError) -> str:
     context = getattr(error, "context", None) or ""
     if "alias" in f"{problem} {context}":
         return f'not YAML: {problem}; text that starts with * or & needs quotes, such as "*.down_proj"'
-    if "cannot start any token" in problem:
+    if "cannot start any token" in problem or "tab character" in problem:
         return f"not YAML: {problem}; indent with spaces (no tabs), and put text that starts with %, @ or ` in quotes"
     if "mapping values are not allowed" in problem:
         return f"not YAML: {problem}; check the indentation, and put text that has a colon in quotes"

@@ -241,8 +241,8 @@ def split_assignment(assignment: str) -> tuple[list[str], str]:
     parts: list[str] = []
     position, plain = 0, True
     while step := _STEP.match(assignment, position):
-        parts.append((step[step.lastindex or 0]).strip())
-        plain = plain and step.lastindex == 4
+        parts.append(step[4].strip() if step[4] else step[step.lastindex or 0])
+        plain = plain and step[4] is not None
         position = step.end()
         following = assignment[position : position + 1]
         if following == "=":
