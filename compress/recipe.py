@@ -183,9 +183,10 @@ class QuantizeStage(_Closed):
         allow_inf_nan=False,
         description="Fraction of the Hessian's mean diagonal that is added to its diagonal.",
     )
-    clip: Literal["none", "mse", "hessian"] = Field(
-        default="hessian",
-        description="How ranges are narrowed: not at all, for the least weight error, or the least output error.",
+    clip: Literal["none", "mse", "hessian"] | None = Field(
+        default=None,
+        description="How ranges are narrowed: not at all, for the least weight error (what null means for rtn), "
+        "or for the least output error (what null means for gptq).",
     )
     overrides: dict[Text, Override] = Field(
         default={}, description='Other settings by glob on module names: {"*.down_proj": {bits: 8}}.'
@@ -196,6 +197,13 @@ class QuantizeStage(_Closed):
     format: Literal["compressed-tensors", "gptq"] = Field(
         default="compressed-tensors", description="Layout on disk. Both open in transformers and vLLM."
     )
+
+    @field_validator("clip")
+    @classmethod
+    def _check_clip(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value == "hessian" and info.data.get("method") == "rtn":
+            raise PydanticCustomError("clip", "needs the inputs, which rtn never sees; use mse, none or method: gptq")
+        return value
 
     @field_validator("ignore")
     @classmethod

@@ -21,7 +21,13 @@ WRITTEN_BY_RUNS_AND_BUILDS = {"outputs", "build", "dist", "__pycache__"}
 LIGHT = ("compress.recipe", "compress.recipe_yaml", "compress.artefact", "compress.errors", "compress.report")
 HEAVY = ("torch", "transformers")
 SIBLINGS = ("quant", "prune", "train", "evaluate", "export")
-ABOVE = ("compress.runner", "compress.sweep", "compress.cli", "compress.__main__")  # each may import those before it
+ABOVE = (
+    "compress.runner",
+    "compress.sweep",
+    "compress.tools",
+    "compress.cli",
+    "compress.__main__",
+)  # each may import those before it
 
 
 def within(module: str, packages: tuple[str, ...]) -> bool:

@@ -41,7 +41,7 @@ def test_shortest_recipe_has_the_defaults_of_the_contract() -> None:
     stage = recipe.stages[0]
     assert (recipe.calibration, recipe.revision, recipe.trust_remote_code) == ("general_en", None, False)
     assert (stage.method, stage.bits, stage.group_size, stage.symmetric) == ("gptq", 4, 128, True)
-    assert (stage.act_order, stage.damp, stage.clip) == (True, 0.01, "hessian")
+    assert (stage.act_order, stage.damp, stage.clip) == (True, 0.01, None)
     assert (stage.overrides, stage.ignore, stage.lm_head, stage.embeddings) == ({}, [], False, False)
     assert stage.format == "compressed-tensors"
     assert recipe.evaluate is not None

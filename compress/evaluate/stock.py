@@ -75,7 +75,7 @@ def _answer(folder: Path, request: Request) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
     model.to(request.device).eval()
     with torch.no_grad():
         if request.tokens:

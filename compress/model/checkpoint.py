@@ -89,7 +89,7 @@ class Checkpoint:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        loaded: "dict[str, Tensor]" = {}
+        loaded: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -200,13 +200,16 @@ def unwritable(path: Path, error: Exception) -> OutputError:
     reason = str(error)
     if "No space left" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: no space left on the disk; free some and run the same command again to continue")
-    return OutputError(f"{path}: cannot be written ({reason}); make it writable or choose another --output or --work-dir")
+    return OutputError(
+        f"{path}: cannot be written ({reason}); make it writable or choose another --output or --work-dir"
+    )
 
 
 def read_part(file: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """The tensors and the metadata that `write_part` was given."""
     with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}, opened.metadata() or {}
+        names = opened.keys()
+        return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
 
 
 def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -5,6 +5,7 @@ A process of its own, because transformers holds the whole model while it does t
 
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def dequantize(file: Path, folder: Path) -> None:
@@ -13,10 +14,10 @@ def dequantize(file: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {}
+    options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed unless told not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -109,7 +109,7 @@ class LayerStream:
     ) -> None:
         self.device, self.dtype, self.source = device, dtype, source
         self.model, self.arch = _skeleton(source.folder, dtype, trust_remote_code)
-        self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)  # type: ignore[assignment]
+        self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)
         self.replaced: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None

@@ -13,7 +13,7 @@ A group's scale is fitted when the group is entered, to the weights as the error
 order therefore moves whole groups (largest first) and columns inside them, never columns across groups: it keeps both
 advantages and the stored column order, so no g_idx is needed.
 
-Everything here takes tensors and returns tensors. Shapes: O output rows, I input columns, G groups, g columns in a group.
+Everything here takes tensors and returns tensors. Shapes: O output rows, I input columns, G groups, g columns in one.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,6 @@ from compress.quant.grid import Grid, Quantized, quantize
 from compress.quant.scales import Clip, group_scales
 
 _INNER = 16  # columns between two matrix products inside a block: rank-1 updates touch only these
-_BLOCK = 128  # columns of a block where a group is a whole row
 _DAMP_RETRIES = 6  # each ten times the damping before
 
 
@@ -77,24 +76,24 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
-    damped = hessian[order][:, order]
-    inactive = (diagonal <= 0)[order]
+    backwards = order.flip(0)
+    flipped = hessian[backwards][:, backwards]
+    inactive = (diagonal <= 0)[backwards]
     for attempt in range(_DAMP_RETRIES):
-        added = damp * 10**attempt * mean
-        trial = damped.clone()
-        trial.diagonal().add_(torch.where(inactive, mean, added).clamp(min=torch.finfo(torch.float32).tiny))
-        lower, failed = torch.linalg.cholesky_ex(trial.flip(0, 1))
-        if not failed and bool(torch.isfinite(lower).all()):
-            upper = lower.flip(0, 1)
-            pivots = upper.diagonal()
-            return Factor(upper / pivots, pivots.square(), order, damp * 10**attempt)
+        trial = flipped.clone() if attempt else flipped
+        added = torch.where(inactive, mean, damp * 10**attempt * mean).clamp(min=torch.finfo(torch.float32).tiny)
+        trial.diagonal().copy_(diagonal[backwards] + added)
+        lower, failed = torch.linalg.cholesky_ex(trial)
+        pivots = lower.diagonal()
+        if not failed and bool(torch.isfinite(pivots).all()):
+            return Factor((lower / pivots).flip(0, 1), pivots.flip(0).square(), order, damp * 10**attempt)
     raise NumericalError(
         f"the Hessian of a layer with {hessian.shape[0]} inputs is not positive definite, even with "
         f"damp {damp * 10 ** (_DAMP_RETRIES - 1):g}"
     )
 
 
-def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> Quantized:
+def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quantized, Tensor]:
     """Quantize one matrix with error feedback.
 
     Args:
@@ -102,37 +101,53 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> Quantized:
         factor: of the Hessian of the matrix's inputs; its order must keep groups whole.
         grid: where the codes lie.
         clip: how a group's scale is found.
+
+    Returns:
+        The matrix, and each row's loss (w - w^) H (w - w^)^T under the damped Hessian, float32 [O].
     """
     rows, columns = weight.shape
     width = grid.columns_per_group(columns)
-    work = weight.float().t()[factor.order].contiguous()  # [I, O], rows in the visiting order
-    error = torch.empty_like(work)
-    codes = torch.empty_like(work)
+    work = weight.float().t()[factor.order]  # [I, O], rows in the visiting order
+    error, levels = torch.empty_like(work), torch.empty_like(work)
+    loss = work.new_zeros(rows)
     scales, zeros = [], []
     for start in range(0, columns, width):
-        stop = start + width
-        group = slice(start, stop)
-        carried = factor.feedback[:start, group].t() @ error[:start]
+        group = slice(start, start + width)
+        target = torch.addmm(work[group], factor.feedback[:start, group].t(), error[:start])
         inside = factor.feedback[group, group]
-        moved = work[group] + torch.linalg.solve_triangular(inside.t(), carried, upper=False, unitriangular=True)
-        scale, zero = group_scales(moved.t(), importance(factor.pivot[group], clip), grid)
-        _quantize_group(work[group], carried, inside, scale, zero, grid, codes[group], error[group])
+        # where the errors so far have moved the group's weights, were the rest of it not rounded
+        moved = torch.linalg.solve_triangular(inside.t(), target - work[group], upper=False, unitriangular=True)
+        scale, zero = group_scales(moved.add_(work[group]).t(), importance(factor.pivot[group], clip), grid)
+        _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group])
+        missed = torch.addcmul(target, levels[group], scale, value=-1)
+        loss += factor.pivot[group] @ missed.square_()
+        levels[group].add_(zero)
         scales.append(scale)
         zeros.append(zero)
-    return _in_stored_order(codes, scales, zeros, factor.order, grid)
+    return _in_stored_order(levels, scales, zeros, factor.order, grid), loss
 
 
 def _quantize_group(
-    weight: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, grid: Grid, codes: Tensor, error: Tensor
+    weight: Tensor,
+    target: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    levels: Tensor,
+    error: Tensor,
 ) -> None:
-    """Column loop of one group, in place: fills `codes` and `error` [g, O] from `weight` and the `carried` feedback."""
-    target = carried.add_(weight)
+    """Column loop of one group [g, O], in place.
+
+    `target` holds the weights plus the feedback of earlier groups and gets that of this one; `levels` (code - zero) and
+    `error` (w - w^) are filled. A level times a 16-bit scale is exact in float32, so `addcmul` rounds once.
+    """
+    low, high = -zero, grid.largest_code - zero
     for first in range(0, target.shape[0], _INNER):
         last = min(first + _INNER, target.shape[0])
         for column in range(first, last):
-            code = torch.round(target[column] / scale).add_(zero).clamp_(0, grid.largest_code)
-            codes[column] = code
-            missed = torch.sub(weight[column], code.sub_(zero).mul_(scale), out=error[column])
+            level = torch.div(target[column], scale, out=levels[column]).round_().clamp_(low, high)
+            missed = torch.addcmul(weight[column], level, scale, value=-1, out=error[column])
             if column + 1 < last:
                 target[column + 1 : last].addr_(feedback[column, column + 1 : last], missed)
         if last < target.shape[0]:
@@ -140,7 +155,13 @@ def _quantize_group(
 
 
 def round_to_nearest(weight: Tensor, importance: Tensor | None, grid: Grid) -> Quantized:
-    """Quantize one matrix [O, I] without error feedback; `importance` [I] weighs the scale search, None = full range."""
+    """Quantize one matrix [O, I] without error feedback.
+
+    Args:
+        weight: [O, I].
+        importance: [I], weighs the scale search; None takes the full range.
+        grid: where the codes lie.
+    """
     rows, columns = weight.shape
     width = grid.columns_per_group(columns)
     grouped = weight.float().view(rows, columns // width, width)
@@ -164,11 +185,14 @@ def _in_stored_order(
     codes: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor], order: Tensor, grid: Grid
 ) -> Quantized:
     """Undo the visiting order: codes [I, O] and a scale per visited group become [O, I] and [O, G]."""
-    columns, width = codes.shape[0], codes.shape[0] // len(scales)
+    width = codes.shape[0] // len(scales)
     stored = torch.empty_like(codes)
     stored[order] = codes
     position = (order[::width] // width).argsort()  # visited position of each stored group
     scale, zero = torch.stack(list(scales), 1)[:, position], torch.stack(list(zeros), 1)[:, position]
     return Quantized(
-        stored.t().to(torch.uint8).contiguous(), scale.to(grid.scale_dtype).contiguous(), zero.to(torch.uint8).contiguous(), grid
+        codes=stored.t().to(torch.uint8).contiguous(),
+        scale=scale.to(grid.scale_dtype).contiguous(),
+        zero=zero.to(torch.uint8).contiguous(),
+        grid=grid,
     )

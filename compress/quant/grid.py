@@ -38,12 +38,12 @@ class Grid:
     @property
     def largest_code(self) -> int:
         """2**bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric grid, 2**(bits - 1)."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def columns_per_group(self, columns: int) -> int:
         """Columns that share a scale in a matrix of this width (its whole width for -1)."""

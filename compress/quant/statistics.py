@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_BLOCK = 512  # columns of an upper block: half of the products are skipped, and each is still a large one
+_BLOCK = 192  # columns of an upper block: narrower ones skip more products, and no longer run faster
 
 
 def gram(inputs: Iterable[Tensor]) -> tuple[Tensor | None, int]:

@@ -21,7 +21,9 @@ CODE_VERSION = 1
 
 
 @torch.no_grad()
-def compare(base: Source, candidate: Source, windows: TokenSet, context: Context, cache: Path, base_id: str) -> dict[str, Any]:
+def compare(
+    base: Source, candidate: Source, windows: TokenSet, context: Context, cache: Path, base_id: str
+) -> dict[str, Any]:
     """Perplexity of both, KL(base || candidate) and agreement: a `compress.report.schema.Quality` as a dict.
 
     Args:

@@ -23,7 +23,7 @@ from compress.memory import PeakMemory
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
 from compress.model.stream import Activations, LayerStream
 from compress.plan import Matrix, find_modules, plan_matrices
-from compress.quant.gptq import Factor, factorize, gptq, importance, round_to_nearest, visiting_order
+from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
 from compress.quant.grid import Grid, Quantized
 from compress.quant.statistics import gram
 from compress.recipe import QuantizeStage
@@ -33,7 +33,10 @@ from compress.stages.context import Context
 CODE_VERSION = 1  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
+    (".", "config.json", "README.md", "dscompress.json", "report."),
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json"),
+)
 
 
 def quantize(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> schema.Stage:
@@ -46,7 +49,7 @@ def quantize(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Con
         context: device, calibration tokens, progress.
 
     Returns:
-        The stage's record. `output/probe.safetensors` (PROBE) holds the logits [S, V] of the finished model on the probe.
+        The stage's record. The file PROBE in `output` holds the finished model's logits [S, V] on the probe.
 
     Raises:
         RecipeError: modules that the format or the group size can't hold.
@@ -157,7 +160,8 @@ class _Quantization:
 
     def _dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a part with the quantized modules dequantized."""
-        dense, packed = {}, {}
+        dense: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             module, _, local = name.rpartition(".")
             if module in self.grids and local in self.format.parts:
@@ -197,9 +201,7 @@ class _Quantization:
         if missed:
             raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
         modules = [solved[name].module for name in self.matrices if name in solved]
-        return self._packed(raw, solved), schema.Layer(
-            layer=index, seconds=time.monotonic() - started, modules=modules
-        )
+        return self._packed(raw, solved), schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
 
     def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, _Solved]) -> dict[str, Tensor]:
         """Tensors to write: packed modules in place of their weights, the rest as it was stored."""
@@ -217,32 +219,37 @@ class _Quantization:
         solved: dict[str, _Solved] = {}
         for grid, names in by_grid.items():
             stacked = torch.cat([weights[name] for name in names]).float()
-            whole, damp, fallback = self._quantize(stacked, hessian, grid, names)
+            whole, loss, damp, fallback = self._quantize(stacked, hessian, grid, names)
             start = 0
             for name in names:
                 rows = slice(start, start + weights[name].shape[0])
                 start = rows.stop
                 part = Quantized(whole.codes[rows], whole.scale[rows], whole.zero[rows], grid)
-                solved[name] = _Solved(part, _record(name, stacked[rows], part, hessian, damp, fallback))
+                lost = None if loss is None else loss[rows].sum()
+                solved[name] = _Solved(part, _record(name, stacked[rows], part, hessian, lost, damp, fallback))
         return solved
 
     def _quantize(
         self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
-    ) -> tuple[Quantized, float | None, str | None]:
-        """The solver of the spec, or round-to-nearest where no damping repairs the Hessian; its damp, and why not."""
-        clip = self.spec.clip or ("hessian" if hessian is not None else "mse")
+    ) -> tuple[Quantized, Tensor | None, float | None, str | None]:
+        """The spec's solver, or round-to-nearest where no damping repairs the Hessian.
+
+        Returns:
+            The matrix; each row's loss, the damping (None for round-to-nearest); why the solver was not used.
+        """
+        clip = self.spec.clip or ("mse" if hessian is None else "hessian")
         if hessian is None:
-            ones = torch.ones(weight.shape[1], device=weight.device)
-            return round_to_nearest(weight, importance(ones, clip), grid), None, None
+            return round_to_nearest(weight, importance(weight.new_ones(weight.shape[1]), clip), grid), None, None, None
         diagonal = hessian.diagonal()
         if not bool(torch.isfinite(diagonal).all()):
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
         order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
         try:
-            factor: Factor = factorize(hessian, order, self.spec.damp)
+            factor = factorize(hessian, order, self.spec.damp)
         except NumericalError as error:
-            return round_to_nearest(weight, importance(diagonal, clip), grid), None, str(error)
-        return gptq(weight, factor, grid, clip), factor.damp, None
+            return round_to_nearest(weight, importance(diagonal, clip), grid), None, None, str(error)
+        quantized, loss = gptq(weight, factor, grid, clip)
+        return quantized, loss, factor.damp, None
 
     def _embed(self) -> dict[str, _Solved]:
         """Quantize the token embeddings where the spec asks, before anything is computed from them."""
@@ -292,7 +299,7 @@ class _Quantization:
         folder.mkdir()
         merge_parts(parts, folder)
         for file in self.parent.folder.iterdir():
-            if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith(".") and file.name not in ("config.json", "README.md"):
+            if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
                 shutil.copy2(file, folder / file.name)
         unquantized = [name for name in self.modules.linears if name not in self.matrices]
         unquantized += [self.modules.head] if self.modules.head not in self.matrices else []
@@ -306,15 +313,21 @@ class _Quantization:
 
 
 def _record(
-    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, damp: float | None, fallback: str | None
-) -> schema.Module:
-    """What the report says of a matrix."""
+    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None,
+    fallback: str | None,
+) -> schema.Module:  # fmt: skip
+    """What the report says of a matrix; `loss` is the solver's (damped) one, computed here where there is none."""
     missed = weight - quantized.dequantize()
-    rows, columns = weight.shape
+    error = None
+    if hessian is not None:
+        if loss is not None and damp is not None:
+            loss = loss - damp * hessian.diagonal().mean() * missed.square().sum()  # without the damping
+        else:
+            loss = _energy(missed, hessian)
+        error = max(0.0, _share(loss, _energy(weight, hessian)))
     return schema.Module(
-        name=name, shape=(rows, columns), bits=quantized.grid.bits, group_size=quantized.grid.group_size,
-        symmetric=quantized.grid.symmetric, damp=damp, fallback=fallback,
-        error=None if hessian is None else _share(_energy(missed, hessian), _energy(weight, hessian)),
+        name=name, shape=(weight.shape[0], weight.shape[1]), bits=quantized.grid.bits, damp=damp, fallback=fallback,
+        group_size=quantized.grid.group_size, symmetric=quantized.grid.symmetric, error=error,
         weight_error=_share(missed.square().sum(), weight.square().sum()),
     )  # fmt: skip
 
@@ -339,5 +352,3 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"{name} holds NaN or inf: the model is damaged; download or export it again")
-
-

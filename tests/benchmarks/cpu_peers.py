@@ -1,0 +1,97 @@
+"""Time and quality beside llm-compressor on the same machine, model, text and settings (W4, group 64, symmetric).
+
+    python tests/benchmarks/cpu_peers.py MODEL TEXT EVALUATION_TEXT --peer-python ENV/bin/python [--judge judge.py]
+
+MODEL is a folder with SmolLM2-135M-Instruct in bf16, TEXT the calibration text (its first 32 x 512 tokens are used by
+both), EVALUATION_TEXT what the divergence is measured on. The peer runs in an environment of its own (pip install
+torch llmcompressor). Whole commands are timed, imports and writing included; ours without its evaluation. Runs
+alternate, and medians are printed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEER = """
+import sys, torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model_dir, text, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model_dir)
+ids = tokenizer(open(text, encoding="utf8").read())["input_ids"]
+rows = [ids[i * 512 : (i + 1) * 512] for i in range(32)]
+data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 512 for _ in rows]})
+weights = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64, observer="minmax", actorder="static")
+recipe = [GPTQModifier(config_groups={"g": dict(targets=["Linear"], weights=weights)}, ignore=["lm_head"])]
+model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=32)
+model.save_pretrained(out, save_compressed=True)
+tokenizer.save_pretrained(out)
+"""
+
+
+def timed(command: list[str]) -> float:
+    """Wall seconds of a command that must succeed."""
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def divergence(model: str, result: Path, text: str) -> dict[str, float]:
+    """KL and perplexity of a checkpoint on 40 windows of 512 tokens, by `dscompress eval`."""
+    command = [
+        str(Path(sys.executable).with_name("dscompress")), "eval", model, str(result), "--text", text,
+        "--sequence-length", "512", "--windows", "40", "-q", "--work-dir", str(result.parent / ".eval"),
+    ]  # fmt: skip
+    quality = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"kl": quality["kl"]["mean"], "perplexity": quality["perplexity"]["compressed"]}
+
+
+def main() -> None:
+    """Run both in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("evaluation_text")
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        document = folder / "calibration.jsonl"
+        document.write_text(
+            json.dumps({"text": Path(options.text).read_text(encoding="utf-8")}) + "\n", encoding="utf-8"
+        )
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(
+            f"name: peers\nmodel: {Path(options.model).resolve()}\n"
+            f"calibration: {{source: {document}, samples: 32, sequence_length: 512}}\n"
+            "stages: [{kind: quantize, bits: 4, group_size: 64}]\nevaluate: false\n"
+            f"output: {folder / 'ours'}\n"
+        )
+        (folder / "peer.py").write_text(PEER)
+        ours_command = [str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "--fresh", "-q"]
+        peer_command = [options.peer_python, str(folder / "peer.py"), options.model, options.text, str(folder / "peer")]
+        times: dict[str, list[float]] = {"dscompress": [], "llm-compressor": []}
+        for _ in range(options.runs):
+            times["dscompress"].append(timed(ours_command))
+            times["llm-compressor"].append(timed(peer_command))
+        quality = {
+            "dscompress": divergence(options.model, folder / "ours", options.evaluation_text),
+            "llm-compressor": divergence(options.model, folder / "peer", options.evaluation_text),
+        }
+    print("| system | seconds, median (min to max) | KL | perplexity |\n| --- | --- | --- | --- |")
+    for name, seconds in times.items():
+        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        print(f"| {name} | {spread} | {quality[name]['kl']:.4f} | {quality[name]['perplexity']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Peak memory of a run on a model larger than the memory that it may use.
+
+    python tests/benchmarks/large_model.py FOLDER [--limit-gib 6] [--layers 28] [--samples 8]
+
+Writes random bf16 weights of Llama-3.2-3B's shape (6.4 GB) to FOLDER, shard by shard, then runs the command on them with
+its anonymous memory limited by the kernel (RLIMIT_DATA), and prints one row of a table for RESULTS.md.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TINY = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3072, 8192, 24, 8, 128256
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """Random weights with the spread of a trained model's, one shard a layer, and the tiny model's tokenizer."""
+    folder.mkdir(parents=True)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "head_dim": HIDDEN // HEADS,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).to(torch.bfloat16)
+
+    kv = HIDDEN // HEADS * KV_HEADS
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    placed: dict[str, str] = {}
+
+    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name)
+        placed.update(dict.fromkeys(tensors, name))
+
+    shard("outer.safetensors", {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": ones})
+    for index in range(layers):
+        rows = {
+            "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.up_proj": (INTERMEDIATE, HIDDEN), "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+        }  # fmt: skip
+        tensors = {f"model.layers.{index}.{name}.weight": random(*shape) for name, shape in rows.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{index}.{norm}.weight"] = ones.clone()
+        shard(f"layer-{index:02d}.safetensors", tensors)
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+def main() -> None:
+    """Write the model if need be, run, print the row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--limit-gib", type=float, default=6.0)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--samples", type=int, default=8)
+    options = parser.parse_args()
+    model = options.folder / f"random-3b-{options.layers}"
+    if not model.exists():
+        write_model(model, options.layers)
+    limit = int(options.limit_gib * 2**30)
+    command = [
+        str(Path(sys.executable).with_name("dscompress")), "run", "8b_int4_gptq", "--model", str(model),
+        "--output", str(options.folder / "out"), "--set", "evaluate=false", "--set", f"calibration.samples={options.samples}",
+        "--set", "calibration.sequence_length=512", "--fresh",
+    ]  # fmt: skip
+    started = time.monotonic()
+    subprocess.run(command, check=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+    seconds = time.monotonic() - started
+    report = json.loads((options.folder / "out" / "report.json").read_text())
+    stage = report["stages"][0]
+    print("\n| layers | weights on disk | limit | calibration | peak resident | stage | whole command | verified |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        f"| {options.layers} | {report['base']['bytes'] / 1e9:.2f} GB | {options.limit_gib:g} GiB | {options.samples} x 512 "
+        f"| {stage['peak_memory_bytes'] / 2**30:.2f} GiB | {stage['seconds']:.0f} s | {seconds:.0f} s "
+        f"| {report['verified']['loader']}, largest difference {report['verified']['max_logit_difference']} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
