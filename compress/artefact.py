@@ -12,12 +12,16 @@ A work folder holds everything that makes a run repeatable and resumable:
 A folder gets its final name by one rename, when it is whole. Never imports torch.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -99,9 +103,56 @@ def write_text(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
+def work_folder(output: Path, work_dir: Path | None) -> Path:
+    """Where intermediate artefacts lie: what `--work-dir` says, else beside the output."""
+    return work_dir or output.parent / ".dscompress"
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that holds something else than an earlier result.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file()):
+        raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where there is none, and try whether a file can be written in it.
+
+    Raises:
+        OutputError: it can't.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says against writing into one line, about the file that it names or else the folder.
+
+    Raises:
+        OutputError: no space, or no right to write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(Path(error.filename or folder), error) from error
+
+
+def unwritable(path: Path, error: Exception) -> OutputError:
+    """The error for a path that could not be written, with what to do about it."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if "No space left" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{path}: no space left on the disk; free some and run the same command again to continue")
+    return OutputError(f"{path}: cannot be written ({reason}); choose another --output or --work-dir, or make it writable")
+
+
 def commit(finished: Path, final: Path) -> None:
     """Give a finished folder its final name, in place of what had it."""
-    old = final.with_name(final.name + ".old")
+    old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.replace(old)
@@ -125,6 +176,8 @@ def publish(artefact: Path, output: Path) -> None:
 class RunLock:
     """Held while a run uses a work folder; the operating system frees it when the process ends, however it ends.
 
+    A run that fails before it has made anything else takes the folder with it.
+
     Raises:
         OutputError: another run holds it.
     """
@@ -133,10 +186,11 @@ class RunLock:
         self.file = work / "lock"
 
     def __enter__(self) -> None:
+        make_writable(self.file.parent)
         self._handle = self.file.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._handle.seek(0)
             holder = self._handle.read().strip() or "another process"
             self._handle.close()
@@ -150,4 +204,9 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        folder = self.file.parent
+        if error is not None and list(folder.iterdir()) == [self.file]:
+            self.file.unlink()
+            with suppress(OSError):
+                folder.rmdir()
         self._handle.close()

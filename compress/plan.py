@@ -7,16 +7,53 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, get_args
 
 from compress.errors import ModelError, RecipeError
-from compress.model.arch import FAMILIES
+from compress.model.arch import FAMILIES, check_supported
 from compress.model.checkpoint import Checkpoint, TensorInfo
-from compress.recipe import GroupSize, Override, QuantizeStage
+from compress.recipe import CalibrationSpec, GroupSize, Override, QuantizeStage, Recipe
 from compress.recipe_messages import did_you_mean
+from compress.recipe_yaml import load_calibration_spec
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 _FLOATS = ("BF16", "F16", "F32")
+
+
+def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
+    """A recipe's model, checked against everything that the recipe asks of it.
+
+    Raises:
+        ModelError: a damaged or unsupported model, or sequences longer than its positions.
+        RecipeError: modules or group sizes that do not fit the model.
+    """
+    checkpoint = Checkpoint(folder)
+    check_supported(checkpoint.config, recipe.model)
+    for number, stage in enumerate(recipe.stages):
+        plan_matrices(stage, checkpoint, f"stages.{number}")
+    if any(stage.method == "gptq" for stage in recipe.stages):
+        check_length(checkpoint, calibration_of(recipe).sequence_length, "calibration.sequence_length")
+    if recipe.evaluate is not None:
+        check_length(checkpoint, recipe.evaluate.sequence_length, "evaluate.sequence_length")
+    return checkpoint
+
+
+def calibration_of(recipe: Recipe) -> CalibrationSpec:
+    """A recipe's calibration spec, read from its file where the recipe names one."""
+    spec = recipe.calibration
+    return spec if isinstance(spec, CalibrationSpec) else load_calibration_spec(spec, base=Path.cwd())
+
+
+def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        ModelError: naming the field.
+    """
+    limit = checkpoint.config.get("max_position_embeddings")
+    if isinstance(limit, int) and sequence_length > limit:
+        raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
 
 
 @dataclass(frozen=True)

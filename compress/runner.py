@@ -5,8 +5,6 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 """
 
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,15 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.artefact import Record, RunLock, commit, fingerprint, now, publish, read_record, versions, write_text
-from compress.errors import ModelError, OutputError
-from compress.memory import available, physical
-from compress.model.arch import check_supported
-from compress.model.checkpoint import Checkpoint, unwritable
+from compress.artefact import (
+    Record,
+    RunLock,
+    check_output,
+    commit,
+    fingerprint,
+    make_writable,
+    now,
+    publish,
+    read_record,
+    versions,
+    work_folder,
+    write_text,
+    writing,
+)
+from compress.errors import ModelError
+from compress.machine import machine
+from compress.memory import available
+from compress.model.checkpoint import Checkpoint, read_part
 from compress.model.source import resolve_model
-from compress.plan import estimate, parameter_count, plan_matrices, quantized_bytes
+from compress.model.tokenizer import load_tokenizer
+from compress.plan import calibration_of, open_model, parameter_count, plan_matrices, quantized_bytes
 from compress.progress import Reporter
-from compress.recipe import CalibrationSpec, Recipe
+from compress.recipe import EvaluateSpec, Recipe
 from compress.report import schema
 
 if TYPE_CHECKING:
@@ -54,11 +67,6 @@ class Options:
     fresh: bool = False
 
 
-def work_folder(output: Path, options: Options) -> Path:
-    """Where intermediate artefacts lie."""
-    return options.work_dir or output.parent / ".dscompress"
-
-
 def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
     """Run a recipe to its report.
 
@@ -75,16 +83,6 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
             return _Run(recipe, options, reporter, output, work).run()
         except OSError as error:
             raise unwritable(Path(error.filename or work), error) from error
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output folder that holds something else than an earlier result.
-
-    Raises:
-        OutputError: with what to do.
-    """
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "dscompress.json").is_file()):
-        raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
 
 
 def _make(folder: Path) -> None:
@@ -320,80 +318,3 @@ def _calibration(tokens: "TokenSet | None") -> schema.Calibration | None:
 def _shown(recipe: Recipe) -> dict[str, Any]:
     """The recipe as the report repeats it: what was given, without defaults."""
     return recipe.model_dump(mode="json", exclude_defaults=True)
-
-
-def check_length(base: Checkpoint, sequence_length: int, where: str) -> None:
-    """Refuse sequences that are longer than the model's positions.
-
-    Raises:
-        ModelError: naming the field.
-    """
-    limit = base.config.get("max_position_embeddings")
-    if limit and sequence_length > limit:
-        raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: no usable tokenizer ({reason}); add tokenizer.json and its config") from error
-    return tokenizer
-
-
-def machine(device: "torch.device") -> schema.Machine:
-    """Where this runs."""
-    import torch
-
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return schema.Machine(cpu=_cpu_name(), cores=os.cpu_count() or 1, memory_bytes=physical(), gpu=gpu)
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def describe(recipe: Recipe, options: Options, reporter: Reporter) -> list[str]:
-    """What `--dry-run` prints: the plan with sizes, memory and disk; nothing is computed or written but a GGUF's copy."""
-    output = Path(recipe.output)
-    work = work_folder(output, options)
-    check_output(output)
-    base = Checkpoint(resolve_model(recipe.model, recipe.revision, work, reporter.say))
-    check_supported(base.config, recipe.model)
-    sequences, length = _asked(recipe)
-    lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {base.bytes / 1e9:.2f} GB"]
-    for number, spec in enumerate(recipe.stages):
-        matrices = plan_matrices(spec, base, f"stages.{number}")
-        plan = estimate(matrices, base, sequences, length)
-        kinds = ", ".join(sorted({f"{m.bits} bits g{m.group_size}" for m in matrices}))
-        lines += [
-            f"stage    {spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}",
-            f"result   about {plan.output_bytes / 1e9:.2f} GB, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
-            f"memory   about {plan.memory_bytes / 1e9:.1f} GB at most ({sequences} x {length} calibration tokens)",
-            f"disk     about {plan.disk_bytes / 1e9:.1f} GB under {work.parent}, {shutil.disk_usage(_existing(work)).free / 1e9:.0f} GB free",
-        ]
-    return [*lines, f"output   {output}"]
-
-
-def _asked(recipe: Recipe) -> tuple[int, int]:
-    from compress.recipe_yaml import load_calibration_spec
-
-    spec = recipe.calibration
-    if not isinstance(spec, CalibrationSpec):
-        spec = load_calibration_spec(spec, base=Path.cwd())
-    return spec.samples, spec.sequence_length
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())

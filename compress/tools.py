@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.artefact import RunLock, fingerprint, read_record
+from compress.artefact import RunLock, fingerprint, make_writable, read_record, writing
 from compress.errors import ModelError, OutputError
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
+from compress.model.tokenizer import load_tokenizer
+from compress.plan import check_length
 from compress.progress import Reporter
 from compress.report.schema import Quality
-from compress.runner import check_length, load_tokenizer
 
 if TYPE_CHECKING:
     from compress.stages.verify import Check

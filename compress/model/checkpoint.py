@@ -7,7 +7,6 @@ the model. The format: https://github.com/huggingface/safetensors#format
 Opening a folder never imports torch: `dscompress validate` reads headers too.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.errors import ModelError, OutputError
+from compress.artefact import unwritable
+from compress.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -193,16 +193,6 @@ def write_part(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[st
         temporary.replace(file)
     except (SafetensorError, OSError) as error:
         raise unwritable(file, error) from error
-
-
-def unwritable(path: Path, error: Exception) -> OutputError:
-    """The error for a path that could not be written, with what to do about it."""
-    reason = str(error)
-    if "No space left" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: no space left on the disk; free some and run the same command again to continue")
-    return OutputError(
-        f"{path}: cannot be written ({reason}); make it writable or choose another --output or --work-dir"
-    )
 
 
 def read_part(file: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":

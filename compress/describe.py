@@ -1,0 +1,40 @@
+"""What `dscompress run --dry-run` prints: a recipe's plan with sizes, memory and disk, from headers alone."""
+
+import shutil
+from pathlib import Path
+
+from compress.artefact import check_output
+from compress.model.source import resolve_model
+from compress.plan import calibration_of, estimate, open_model, parameter_count, plan_matrices
+from compress.progress import Reporter
+from compress.recipe import Recipe
+
+
+def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
+    """The plan, a line each; nothing is computed or written but a GGUF file's copy in the work folder.
+
+    Raises:
+        UserError: whatever would stop the run before it starts.
+    """
+    output = Path(recipe.output)
+    check_output(output)
+    base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
+    spec = calibration_of(recipe)
+    lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {base.bytes / 1e9:.2f} GB"]
+    for number, stage in enumerate(recipe.stages):
+        matrices = plan_matrices(stage, base, f"stages.{number}")
+        plan = estimate(matrices, base, spec.samples, spec.sequence_length)
+        kinds = ", ".join(sorted({f"{m.bits} bits g{m.group_size}" for m in matrices}))
+        free = shutil.disk_usage(_existing(work)).free
+        lines += [
+            f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",
+            f"result   about {plan.output_bytes / 1e9:.2f} GB, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
+            f"memory   about {plan.memory_bytes / 1e9:.1f} GB at most "
+            f"({spec.samples} x {spec.sequence_length} calibration tokens)",
+            f"disk     about {plan.disk_bytes / 1e9:.1f} GB under {work.parent}, {free / 1e9:.0f} GB free",
+        ]
+    return [*lines, f"output   {output}"]
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
