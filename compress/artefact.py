@@ -147,7 +147,9 @@ def unwritable(path: Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or str(error)
     if "No space left" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: no space left on the disk; free some and run the same command again to continue")
-    return OutputError(f"{path}: cannot be written ({reason}); choose another --output or --work-dir, or make it writable")
+    return OutputError(
+        f"{path}: cannot be written ({reason}); choose another --output or --work-dir, or make it writable"
+    )
 
 
 def commit(finished: Path, final: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.progress import Reporter
     from compress.recipe import Recipe
 
+
 class _Group(TyperGroup):
     """Turns errors into one line and an exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
 
@@ -48,7 +49,9 @@ cache_app = typer.Typer(no_args_is_help=True, help="Intermediate artefacts in a 
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(cache_app, name="cache")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a bundled one.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a bundled one.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set stages.0.bits=3.")
 ]
@@ -77,7 +80,9 @@ def main() -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -104,16 +109,17 @@ def run(
     from compress.runner import run as run_recipe
 
     loaded = _load(recipe, overrides, model, output)
-    options = Options(device, work_dir.absolute() if work_dir else None, fresh)
+    work = work_dir.absolute() if work_dir else None
     reporter = _reporter(quiet, verbose)
     if dry_run:
-        from compress.runner import describe
+        from compress.artefact import work_folder
+        from compress.describe import describe
 
-        print("\n".join(describe(loaded, options, reporter)))
+        print("\n".join(describe(loaded, work_folder(Path(loaded.output), work), reporter)))
         return
     from compress.report.write import summary_table
 
-    report = run_recipe(loaded, options, reporter)
+    report = run_recipe(loaded, Options(device, work, fresh), reporter)
     _print_table(summary_table(report))
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
     if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
@@ -132,14 +138,9 @@ def validate(
     loaded = _load(recipe, overrides, model, output)
     folder = Path(loaded.model)
     if folder.is_dir():
-        from compress.model.arch import check_supported
-        from compress.model.checkpoint import Checkpoint
-        from compress.plan import plan_matrices
+        from compress.plan import open_model
 
-        checkpoint = Checkpoint(folder)
-        check_supported(checkpoint.config, loaded.model)
-        for number, stage in enumerate(loaded.stages):
-            plan_matrices(stage, checkpoint, f"stages.{number}")
+        open_model(folder, loaded)
     print(f"{recipe}: valid")
 
 
@@ -293,7 +294,12 @@ def _print_table(rows: list[Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    heads: list[tuple[str, Callable[..., Any] | None]] = [("", None), ("base", None), ("compressed", None), ("change", None)]
+    heads: list[tuple[str, Callable[..., Any] | None]] = [
+        ("", None),
+        ("base", None),
+        ("compressed", None),
+        ("change", None),
+    ]
     for head, _ in heads:
         table.add_column(head, justify="left" if not head else "right")
     for row in rows:

@@ -27,7 +27,7 @@ from compress.artefact import (
     write_text,
     writing,
 )
-from compress.errors import ModelError
+from compress.errors import ModelError, OutputError
 from compress.machine import machine
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint, read_part
@@ -74,24 +74,14 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
         UserError: something in the recipe, the model, the text or the folders that the user can mend.
         DscompressError: a run that failed otherwise.
     """
-    output = Path(recipe.output)
-    work = work_folder(output, options)
+    output = Path(recipe.output).resolve()  # behind a link: what is replaced is the folder, not the link
+    work = work_folder(output, options.work_dir)
     check_output(output)
-    _make(work)
-    with RunLock(work):
-        try:
-            return _Run(recipe, options, reporter, output, work).run()
-        except OSError as error:
-            raise unwritable(Path(error.filename or work), error) from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder}: is not writable; make it so or choose another --output or --work-dir")
+    if work == output or output in work.parents:
+        raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
+    make_writable(output.parent)
+    with RunLock(work), writing(work):
+        return _Run(recipe, options, reporter, output, work).run()
 
 
 class _Run:
@@ -104,12 +94,10 @@ class _Run:
 
     def run(self) -> schema.Report:
         recipe, say = self.recipe, self.reporter.say
-        folder = resolve_model(recipe.model, recipe.revision, self.work, say)
-        base = Checkpoint(folder)
-        check_supported(base.config, recipe.model)
-        for number, spec in enumerate(recipe.stages):
-            plan_matrices(spec, base, f"stages.{number}")
-        context, self.tokenizer = self._context(base)
+        base = open_model(resolve_model(recipe.model, recipe.revision, self.work, say), recipe)
+        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
+        context = self._context(base, tokenizer)
+        windows = self._windows(recipe.evaluate, tokenizer) if recipe.evaluate is not None else None
         base_id = fingerprint("base", base.fingerprint())
         parent, parent_id = base, base_id
         stages = []
@@ -117,7 +105,7 @@ class _Run:
             parent, parent_id, stage = self._stage(spec, parent, parent_id, base_id, context)
             stages.append(stage)
         verified = self._verify(parent, parent_id, context)
-        quality = self._evaluate(base, base_id, parent, parent_id, context)
+        quality = self._evaluate(base, base_id, parent, parent_id, windows, context)
         generations, note = self._generate(base, base_id, parent, parent_id, context)
         report = schema.Report(
             name=recipe.name, recipe=_shown(recipe), created=now(), seconds=time.monotonic() - self.started,
@@ -131,8 +119,8 @@ class _Run:
         self._publish(parent.folder, report)
         return report
 
-    def _context(self, base: Checkpoint) -> "tuple[Context, PreTrainedTokenizerBase]":
-        """Device, precision, tokenizer and calibration tokens; everything that imports torch starts here."""
+    def _context(self, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> "Context":
+        """Device, precision and calibration tokens."""
         import torch
 
         from compress.stages.context import Context, pick_device, pick_dtype
@@ -140,30 +128,32 @@ class _Run:
 
         recipe = self.recipe
         device = pick_device(self.options.device)
-        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
-        tokens = self._tokens(tokenizer, base) if any(s.method == "gptq" for s in recipe.stages) else None
+        tokens = self._tokens(tokenizer) if any(s.method == "gptq" for s in recipe.stages) else None
         stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        cpu = f"{torch.get_num_threads()} CPU threads"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         self.reporter.say(f"{recipe.model}: {base.bytes / 1e6:,.0f} MB; computing in {dtype} on {where}")
-        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code), tokenizer
+        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code)
 
-    def _tokens(self, tokenizer: "PreTrainedTokenizerBase", base: Checkpoint) -> "TokenSet":
+    def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
         from compress.data.calibration import load_calibration
-        from compress.recipe_yaml import load_calibration_spec
 
-        spec = self.recipe.calibration
-        if not isinstance(spec, CalibrationSpec):
-            spec = load_calibration_spec(spec, base=Path.cwd())
-        check_length(base, spec.sequence_length, "calibration.sequence_length")
-        tokens = load_calibration(spec, tokenizer)
+        tokens = load_calibration(calibration_of(self.recipe), tokenizer)
         for warning in tokens.warnings:
             self.reporter.warn(warning)
-        self.reporter.say(
-            f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}"
-        )
+        self.reporter.say(f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}")
         return tokens
+
+    def _windows(self, spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
+        """The evaluation's windows: read before the first stage, so that a text that can't be used stops the run here."""
+        from compress.data.calibration import load_windows
+
+        windows = load_windows(spec.text, tokenizer, sequence_length=spec.sequence_length, windows=spec.windows)
+        for warning in windows.warnings:
+            self.reporter.warn(warning)
+        return windows
 
     def _stage(
         self, spec: Any, parent: Checkpoint, parent_id: str, base_id: str, context: "Context"
@@ -173,7 +163,7 @@ class _Run:
         from compress.stages.verify import probe_of
 
         needed = context.tokens.sha256 if context.tokens is not None and spec.method == "gptq" else None
-        key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, CODE_VERSION)
+        key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), CODE_VERSION)
         final, part = self.work / "stages" / key, self.work / "stages" / f"{key}.part"
         if self.options.fresh:
             shutil.rmtree(final, ignore_errors=True)
@@ -204,28 +194,27 @@ class _Run:
             result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code
         )
         if not verified.passed:
-            self.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {verified.note or 'it differs'}")
+            reason = verified.note or "it differs"
+            self.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
         return verified
 
     def _evaluate(
-        self, base: Checkpoint, base_id: str, result: Checkpoint, key: str, context: "Context"
+        self,
+        base: Checkpoint,
+        base_id: str,
+        result: Checkpoint,
+        key: str,
+        windows: "TokenSet | None",
+        context: "Context",
     ) -> schema.Quality | None:
-        spec = self.recipe.evaluate
-        if spec is None:
+        if windows is None:
             return None
-        from compress.data.calibration import load_windows
         from compress.export.dense import DenseView
         from compress.stages.evaluate import CODE_VERSION, compare
 
-        check_length(base, spec.sequence_length, "evaluate.sequence_length")
-        windows = load_windows(
-            spec.text, self.tokenizer, sequence_length=spec.sequence_length, windows=spec.windows
-        )
-        for warning in windows.warnings:
-            self.reporter.warn(warning)
         cache = self.work / "evaluations"
         found = cache / f"{fingerprint(base_id, key, windows.sha256, str(context.dtype), CODE_VERSION)}.json"
-        if found.is_file():
+        if found.is_file() and not self.options.fresh:
             return schema.Quality.model_validate_json(found.read_text(encoding="utf-8"))
         quality = schema.Quality.model_validate(compare(base, DenseView(result), windows, context, cache, base_id))
         write_text(found, quality.model_dump_json())
@@ -259,17 +248,16 @@ class _Run:
     ) -> list[str] | str:
         from compress.evaluate.stock import NEW_TOKENS, Request, ask
 
-        cached = self.work / "evaluations" / f"{fingerprint('texts', identity, prompts, str(context.dtype), NEW_TOKENS)}.json"
-        if cached.is_file():
+        name = fingerprint("texts", identity, prompts, str(context.dtype), NEW_TOKENS)
+        cached = self.work / "evaluations" / f"{name}.json"
+        if cached.is_file() and not self.options.fresh:
             texts: list[str] = json.loads(cached.read_text(encoding="utf-8"))
             return texts
-        name = str(context.dtype).removeprefix("torch.")
-        answer = ask(
-            Request(
-                str(checkpoint.folder), str(context.device), name, prompts=list(prompts),
-                trust_remote_code=context.trust_remote_code,
-            )
+        request = Request(
+            str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
+            prompts=list(prompts), trust_remote_code=context.trust_remote_code,
         )  # fmt: skip
+        answer = ask(request)
         if answer.failure is not None:
             return f"the stock loader failed: {answer.failure}"
         cached.parent.mkdir(exist_ok=True)
@@ -301,8 +289,6 @@ class _Run:
 
 
 def _logits(file: Path) -> "torch.Tensor":
-    from compress.model.checkpoint import read_part
-
     return read_part(file)[0]["logits"]
 
 

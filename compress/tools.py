@@ -41,7 +41,9 @@ def evaluate(
     result = Checkpoint(candidate)
     sizes = [c.config.get("vocab_size") for c in (original, result)]
     if sizes[0] != sizes[1]:
-        raise ModelError(f"{candidate}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare")
+        raise ModelError(
+            f"{candidate}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare"
+        )
     check_length(original, sequence_length, "--sequence-length")
     place = pick_device(device)
     tokens = load_windows(
@@ -102,7 +104,9 @@ def inspect(folder: Path) -> list[str]:
     record = read_record(folder)
     if record is not None:
         stage = record.stage
-        lines.append(f"made       {record.created} by {stage.kind} {stage.spec.get('method', '')} in {stage.seconds:.0f} s")
+        lines.append(
+            f"made       {record.created} by {stage.kind} {stage.spec.get('method', '')} in {stage.seconds:.0f} s"
+        )
     return lines
 
 

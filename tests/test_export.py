@@ -67,16 +67,10 @@ def codes_by_hand(words: Iterable[int], bits: int, count: int) -> list[int]:
     return [(number >> (bits * i)) % 2**bits for i in range(count)]
 
 
-def needs(bits: int = 4, symmetric: bool = True, embeddings: bool = False) -> None:
-    """Skips what the installed loader is known not to open (the limits that compressed_tensors.py lists)."""
-    library, transformers = (Version(metadata.version(name)) for name in ("compressed-tensors", "transformers"))
-    obeys_dequantize = transformers >= Version("5.15")
-    if bits == 3 and library < Version("0.18"):
-        pytest.skip("compressed-tensors before 0.18 leaves gaps between 3-bit codes")
-    if not symmetric and not obeys_dequantize and library >= Version("0.18"):
-        pytest.skip("packed zero points need transformers 5.15, or compressed-tensors before 0.18")
-    if embeddings and not obeys_dequantize:
-        pytest.skip("quantized embeddings need transformers 5.15")
+def needs(embeddings: bool = False) -> None:
+    """Skips what the installed transformers is known not to open (the limit that compressed_tensors.py states)."""
+    if embeddings and Version(metadata.version("transformers")) < Version("5.23"):
+        pytest.skip("quantized embeddings need transformers 5.23")
 
 
 bits_values = st.sampled_from([2, 3, 4, 8])
@@ -199,7 +193,6 @@ def test_compressed_tensors_layout_by_hand(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_pack_writes_what_the_library_writes(bits: int, symmetric: bool, group_size: int) -> None:
     """The library rounds float weights; given ours, dequantized exactly, it must come to the same tensors."""
-    needs(bits)
     matrix = random_matrix(33, 96, Grid(bits, group_size, symmetric, scale_dtype=torch.float32))
     config = compressed_tensors.quantization_config({"m": matrix.grid}, [])
     scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
@@ -314,14 +307,12 @@ def in_layers(grid: Grid) -> GridOf:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (3, -1), (4, 128), (4, -1), (8, 32)])
 def test_stock_transformers_opens_it(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
-    needs(bits, symmetric)
     model = tiny_llama(tie=False)
     plain = write(model, tmp_path, in_layers(Grid(bits, group_size, symmetric)), compressed_tensors)
     assert_opens(tmp_path, model, plain)
 
 
 def test_stock_transformers_opens_mixed_schemes(tmp_path: Path) -> None:
-    needs(bits=3)
 
     def grid_of(name: str) -> Grid | None:
         if "layers" not in name or name == "model.layers.1.self_attn.o_proj":

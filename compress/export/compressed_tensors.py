@@ -10,7 +10,7 @@ What loaders make of it:
 
 - transformers opens all widths and groups; 3 bits with compressed-tensors 0.18 or later. Its default path has no
   room for packed zero points (with compressed-tensors 0.18 to 0.20) nor for embeddings. `"dequantize": true` in the
-  config, which transformers 5.15 and later obey, opens both, for one scheme in the whole model.
+  config opens both, for one scheme in the whole model: zero points from transformers 5.3 on, embeddings from 5.23 on.
 - vLLM takes 4 and 8 bits, and its fused modules (`qkv_proj`, `gate_up_proj`) need one scheme for all of their parts.
 - Negative scales are plain numbers to both; only vLLM's optional int8 activations (`VLLM_MARLIN_INPUT_DTYPE=int8`)
   misread them.

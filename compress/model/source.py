@@ -54,7 +54,9 @@ def _in_package(reference: str) -> Path:
     root = Path(next(iter(found.submodule_search_locations)))
     path = root / name
     if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
-        files = sorted(file.name for file in root.iterdir() if file.suffix == ".gguf" or (file / "config.json").is_file())
+        files = sorted(
+            file.name for file in root.iterdir() if file.suffix == ".gguf" or (file / "config.json").is_file()
+        )
         raise ModelError(f"model: {reference}: no such model in the package; it has {', '.join(files) or 'none'}")
     return path
 
