@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -124,9 +124,11 @@ def make_writable(folder: Path) -> None:
     Raises:
         OutputError: it can't.
     """
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 @contextmanager
@@ -145,6 +147,8 @@ def writing(folder: Path) -> Iterator[None]:
 def unwritable(path: Path, error: Exception) -> OutputError:
     """The error for a path that could not be written, with what to do about it."""
     reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return OutputError(f"{path}: a file is where a folder should be; choose another --output or --work-dir")
     if "No space left" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{path}: no space left on the disk; free some and run the same command again to continue")
     return OutputError(
@@ -189,26 +193,26 @@ class RunLock:
 
     def __enter__(self) -> None:
         make_writable(self.file.parent)
-        self._handle = self.file.open("a+", encoding="utf-8")
+        self._handle = self.file.open("ab+", buffering=0)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._handle.seek(0)
-            holder = self._handle.read().strip() or "another process"
+            holder = self._handle.read().decode() or "another process"
             self._handle.close()
             raise OutputError(
                 f"{self.file.parent}: in use by {holder}; wait for that run, or give this one another --work-dir"
             ) from None
-        self._handle.truncate(0)
-        self._handle.write(f"process {os.getpid()} since {now()}")
-        self._handle.flush()
+        with writing(self.file.parent):
+            self._handle.truncate(0)
+            self._handle.write(f"process {os.getpid()} since {now()}".encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         folder = self.file.parent
-        if error is not None and list(folder.iterdir()) == [self.file]:
-            self.file.unlink()
-            with suppress(OSError):
-                folder.rmdir()
+        if error is not None and not any(
+            path.is_file() and not path.name.endswith("lock") for path in folder.rglob("*")
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
         self._handle.close()

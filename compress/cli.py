@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Turns errors into one line and an exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -31,7 +31,8 @@ class _Group(TyperGroup):
         except DscompressError as error:
             if "--debug" in sys.argv:
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
 
 

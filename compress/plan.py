@@ -1,5 +1,6 @@
-"""What a recipe will do to a model, from config.json and safetensors headers alone: which matrices are quantized and
-how, what can't work, and how much memory and disk it takes. Never imports torch, so that `validate` answers at once.
+"""What a recipe will do to a model: which matrices it quantizes and how, what can't work, how much memory it takes.
+
+All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any, get_args
 from compress.errors import ModelError, RecipeError
 from compress.model.arch import FAMILIES, check_supported
 from compress.model.checkpoint import Checkpoint, TensorInfo
-from compress.recipe import CalibrationSpec, GroupSize, Override, QuantizeStage, Recipe
+from compress.recipe import CalibrationSpec, GroupSize, QuantizeStage, Recipe
 from compress.recipe_messages import did_you_mean
 from compress.recipe_yaml import load_calibration_spec
 
@@ -30,6 +31,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     """
     checkpoint = Checkpoint(folder)
     check_supported(checkpoint.config, recipe.model)
+    _check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")
     if any(stage.method == "gptq" for stage in recipe.stages):
@@ -37,6 +39,17 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     if recipe.evaluate is not None:
         check_length(checkpoint, recipe.evaluate.sequence_length, "evaluate.sequence_length")
     return checkpoint
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    prefix = find_modules(checkpoint).layers + "."
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.names(prefix)}
+    depth = checkpoint.config.get("num_hidden_layers")
+    if depth != len(layers):
+        raise ModelError(
+            f"{checkpoint.folder}: config.json says {depth} layers, the weights have {len(layers)}; "
+            "get both from the same place"
+        )
 
 
 def calibration_of(recipe: Recipe) -> CalibrationSpec:
@@ -54,6 +67,24 @@ def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> No
     limit = checkpoint.config.get("max_position_embeddings")
     if isinstance(limit, int) and sequence_length > limit:
         raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
+
+
+def check_vocabulary(checkpoint: Checkpoint, highest: int) -> None:
+    """Refuse text with tokens that the model has no embedding for.
+
+    Args:
+        checkpoint: the model.
+        highest: the largest token id of the text.
+
+    Raises:
+        ModelError: the tokenizer is another model's.
+    """
+    info = checkpoint.tensors.get(f"{find_modules(checkpoint).embeddings}.weight")
+    if info is not None and highest >= info.shape[0]:
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer gives token {highest}, its embeddings end at {info.shape[0] - 1}; "
+            "tokenizer and weights are of different models"
+        )
 
 
 @dataclass(frozen=True)
@@ -153,15 +184,11 @@ def _two(info: TensorInfo) -> tuple[int, int]:
 
 
 def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage) -> Matrix:
-    settings = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    settings: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
     for glob, override in spec.overrides.items():
         if fnmatchcase(name, glob):
-            settings |= _given(override)
+            settings |= override.model_dump(exclude_none=True)
     return Matrix(name, shape, **settings)
-
-
-def _given(override: Override) -> dict[str, Any]:
-    return override.model_dump(exclude_none=True)
 
 
 def _globs_without_match(globs: Iterable[str], names: Mapping[str, Any], where: str) -> list[str]:

@@ -27,13 +27,13 @@ from compress.artefact import (
     write_text,
     writing,
 )
-from compress.errors import ModelError, OutputError
+from compress.errors import OutputError
 from compress.machine import machine
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
-from compress.plan import calibration_of, open_model, parameter_count, plan_matrices, quantized_bytes
+from compress.plan import calibration_of, check_vocabulary, open_model, parameter_count, plan_matrices, quantized_bytes
 from compress.progress import Reporter
 from compress.recipe import EvaluateSpec, Recipe
 from compress.report import schema
@@ -98,6 +98,8 @@ class _Run:
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)
         windows = self._windows(recipe.evaluate, tokenizer) if recipe.evaluate is not None else None
+        read = [context.probe, *(each.tokens for each in (context.tokens, windows) if each is not None)]
+        check_vocabulary(base, max(int(tokens.max()) for tokens in read))
         base_id = fingerprint("base", base.fingerprint())
         parent, parent_id = base, base_id
         stages = []
@@ -147,7 +149,7 @@ class _Run:
         return tokens
 
     def _windows(self, spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
-        """The evaluation's windows: read before the first stage, so that a text that can't be used stops the run here."""
+        """The evaluation's windows, read before the first stage: a text that can't be used stops the run at once."""
         from compress.data.calibration import load_windows
 
         windows = load_windows(spec.text, tokenizer, sequence_length=spec.sequence_length, windows=spec.windows)
@@ -168,8 +170,10 @@ class _Run:
         if self.options.fresh:
             shutil.rmtree(final, ignore_errors=True)
             shutil.rmtree(part, ignore_errors=True)
+        probe = self.work / "stages" / f"{key}.{PROBE}"
         record = read_record(final)
-        if record is not None:
+        if record is not None and probe.is_file():
+            shutil.rmtree(part, ignore_errors=True)
             self.reporter.say(f"{spec.kind}: finished before, taken from {final}")
             return Checkpoint(final), key, record.stage.model_copy(update={"cached": True})
         stage = quantize(spec, parent, part, context)
@@ -179,7 +183,7 @@ class _Run:
             probe=probe_of(logits, context.probe[0], context.dtype),
         )  # fmt: skip
         write_text(part / "checkpoint" / "dscompress.json", record.model_dump_json(indent=2) + "\n")
-        (part / PROBE).replace(self.work / "stages" / f"{key}.{PROBE}")
+        (part / PROBE).replace(probe)
         commit(part / "checkpoint", final)
         shutil.rmtree(part, ignore_errors=True)
         return Checkpoint(final), key, stage
@@ -280,12 +284,15 @@ class _Run:
 
         partial = self.output.with_name(f".{self.output.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        publish(artefact, partial)
-        write_report(report, partial)
-        write_model_card(report, partial)
-        check_output(self.output)
-        commit(partial, self.output)
+        try:
+            partial.mkdir()
+            publish(artefact, partial)
+            write_report(report, partial)
+            write_model_card(report, partial)
+            check_output(self.output)
+            commit(partial, self.output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
 def _logits(file: Path) -> "torch.Tensor":

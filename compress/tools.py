@@ -11,7 +11,7 @@ from compress.errors import ModelError, OutputError
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
-from compress.plan import check_length
+from compress.plan import check_length, check_vocabulary
 from compress.progress import Reporter
 from compress.report.schema import Quality
 
@@ -51,12 +51,14 @@ def evaluate(
     )
     for warning in tokens.warnings:
         reporter.warn(warning)
+    check_vocabulary(original, int(tokens.tokens.max()))
     dtype = pick_dtype(place, torch.bfloat16)
     context = Context(place, dtype, None, tokens.tokens[:1, :2], reporter, trust_remote_code)
     base_id = fingerprint("base", original.fingerprint())
-    return Quality.model_validate(
-        compare(DenseView(original), DenseView(result), tokens, context, work / "evaluations", base_id)
-    )
+    make_writable(work)
+    with writing(work):
+        quality = compare(DenseView(original), DenseView(result), tokens, context, work / "evaluations", base_id)
+    return Quality.model_validate(quality)
 
 
 def verify(checkpoint: Path, device: str, trust_remote_code: bool) -> "list[Check]":
@@ -91,7 +93,8 @@ def inspect(folder: Path) -> list[str]:
         f"{folder}",
         f"model      {config.get('model_type')}, {config.get('num_hidden_layers')} layers, "
         f"hidden {config.get('hidden_size')}, vocabulary {config.get('vocab_size')}",
-        f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, {len(checkpoint.tensors)} tensors",
+        f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, "
+        f"{len(checkpoint.tensors)} tensors",
     ]
     kinds: Counter[tuple[str, str]] = Counter()
     for name in view.tensors:
@@ -125,10 +128,10 @@ def cache_entries(work: Path) -> list[CacheEntry]:
     Raises:
         OutputError: no such work folder.
     """
-    if not work.is_dir() or not (work / "lock").is_file():
+    if not (work / "lock").is_file() and not any((work / kind).is_dir() for kind in _KINDS):
         raise OutputError(f"{work}: no work folder of dscompress; give the .dscompress beside an output")
     entries = [(kind, path) for kind in _KINDS if (work / kind).is_dir() for path in sorted((work / kind).iterdir())]
-    return [CacheEntry(kind, path, _size(path)) for kind, path in entries]
+    return [CacheEntry(kind, path, _size(path)) for kind, path in entries if path.suffix != ".lock"]
 
 
 def clean_cache(work: Path) -> int:

@@ -1,16 +1,15 @@
 """How far a compressed model moved from its base, token by token, and the figures that a report states.
 
-Perplexity alone can stay still while the answers change, so the distance of the two next-token distributions is measured
-too: KL(base || candidate) and whether both rank the same token first (Dutta et al. 2024, "Accuracy is Not All You Need",
-arXiv:2407.09141; the same figures as `llama-perplexity --kl-divergence` of llama.cpp prints).
+Perplexity alone can stay still while the answers change, so the distance of the two next-token distributions is
+measured too: KL(base || candidate) and whether both rank the same token first (Dutta et al. 2024, "Accuracy is Not
+All You Need", arXiv:2407.09141; `llama-perplexity --kl-divergence` of llama.cpp prints the same kinds of figures).
 
-Left out: running the models (the caller has the logits), and tasks.
+Left out: running the models (the caller has the logits), and benchmark tasks.
 
 Shapes: N tokens, V vocabulary, W windows, T = S - 1 scored tokens of a window.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +105,6 @@ def _divergence(base_NV: Tensor, candidate_NV: Tensor, targets_N: Tensor, first:
     p, q = log_p.exp_(), log_q.exp_()
     kl = terms.mul_(p).add_(q.sub_(p)).sum(dim=1).clamp_min_(0)
     return nll_base, nll_candidate, kl, agree
-
-
-def stack_windows(windows: Sequence[TokenDivergence]) -> TokenDivergence:
-    """W windows of T tokens each as one TokenDivergence [W, T], on the CPU."""
-    fields = ("nll_base", "nll_candidate", "kl", "agree")
-    return TokenDivergence(*(torch.stack([getattr(window, field).cpu() for window in windows]) for field in fields))
 
 
 def summarise(per_window: TokenDivergence, *, dataset: str, sequence_length: int, dtype: str) -> dict[str, Any]:

@@ -46,6 +46,9 @@ FAMILIES: dict[str, Arch] = {
     "opt": Arch("model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm"),
 }
 
+# Projections whose outputs are mixed by attention: an error in them counts by the attention that its token gets.
+ATTENDED = ("k_proj", "v_proj")
+
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -55,11 +58,13 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
     Raises:
         ModelError: quantized already, a mixture of experts, or no decoder-only language model.
     """
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ModelError(f"{where}: already quantized ({method}); give the original bf16, fp16 or fp32 model")
     if any(config.get(key) for key in _MOE_KEYS):
-        raise ModelError(f"{where}: {config.get('model_type')} is a mixture of experts; only dense models are supported")
+        kind = config.get("model_type")
+        raise ModelError(f"{where}: {kind} is a mixture of experts; only dense models are supported")
     if "text_config" in config:
         raise ModelError(
             f"{where}: {config.get('model_type')} is a multimodal model; give its text model alone as a folder"

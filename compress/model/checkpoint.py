@@ -111,8 +111,10 @@ class Checkpoint:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
+    if not folder.exists():
+        raise ModelError(f"{folder}: no such model folder; check the path")
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder")
+        raise ModelError(f"{folder}: is a file; give the folder that has config.json and the weights")
     if not file.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no Hugging Face model folder; give one that has it")
     try:
@@ -126,19 +128,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _listed_tensors(folder: Path) -> dict[str, str]:
     """Tensor names and the file of each, from the index; for a folder without one, file names alone (name "" each)."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, OSError) as error:
-            raise ModelError(f"{index}: not a valid index ({error!r}); download the model again") from error
-        for name, file in listed.items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ModelError(f"{index}: {name} points at {file!r}, which leaves the folder; refused")
-        missing = sorted({file for file in listed.values() if not (folder / file).is_file()})
-        if missing:
-            raise ModelError(f"{folder}: shard {_some(missing)} missing; download the model again")
-        return listed
+    if (folder / INDEX).is_file():
+        return _read_index(folder / INDEX)
     if (folder / SINGLE).is_file():
         return _read_names(folder / SINGLE)
     shards = sorted(folder.glob("*.safetensors"))
@@ -151,6 +142,26 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
             "convert them to safetensors with save_pretrained"
         )
     raise ModelError(f"{folder}: no safetensors weights; give a folder that has them")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor; all are there, in the index's own folder."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{index}: not a valid index ({error!r}); download the model again") from error
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ModelError(f"{index}: its weight_map does not map tensors to files; download the model again")
+    for name, file in listed.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: {name} is said to be in {file!r}; only a .safetensors file of the same folder is read, "
+                "download the model again"
+            )
+    missing = sorted({file for file in listed.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise ModelError(f"{index.parent}: {_some(missing)} missing; download the model again")
+    return listed
 
 
 def _read_names(file: Path) -> dict[str, str]:

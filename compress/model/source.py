@@ -1,5 +1,6 @@
 """From what a recipe calls a model to a checkpoint folder: a folder, a hub id, a GGUF file, a file in a package."""
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.artefact import commit, fingerprint
+from compress.artefact import commit, fingerprint, make_writable
 from compress.errors import ModelError
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
@@ -92,20 +93,30 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
     """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds the model."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"model: {path} is no GGUF file, whatever its name says; download it again")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
     stat = path.stat()
     folder = work / "base" / fingerprint("gguf", 1, path.name, stat.st_size, stat.st_mtime_ns)
     if folder.is_dir():
         return folder
-    say(f"dequantizing {path.name} to bf16")
     partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     command = [sys.executable, "-m", "compress.model.gguf", str(path.resolve()), str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ModelError(f"model: {path} cannot be read as GGUF: {lines[-1] if lines else 'the reader was killed'}")
-    commit(partial, folder)
+    make_writable(folder.parent)
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held by the reader too, which outlives this process if it is killed
+        if folder.is_dir():
+            return folder
+        say(f"dequantizing {path.name} to bf16")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock.fileno()])
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            lines = done.stderr.strip().splitlines()
+            reason = lines[-1] if lines else f"the reader was stopped by signal {-done.returncode}"
+            raise ModelError(f"model: {path} cannot be read as GGUF ({reason}); download it again")
+        commit(partial, folder)
     return folder

@@ -8,6 +8,8 @@ from compress.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder.
@@ -17,9 +19,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ModelError(f"{folder}: no tokenizer; add the model's tokenizer.json and tokenizer_config.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: no usable tokenizer ({reason}); add tokenizer.json and its config") from error
+    except Exception as error:  # what the tokenizers library raises for a damaged file is Exception itself
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({reason}); download its files again") from error
     return tokenizer

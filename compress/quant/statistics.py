@@ -6,6 +6,7 @@ bf16 and fp16 products are exact in float32, so inputs are never rounded on the 
 Shapes: N tokens, I inputs.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -14,20 +15,21 @@ from torch import Tensor
 _BLOCK = 192  # columns of an upper block: narrower ones skip more products, and no longer run faster
 
 
-def gram(inputs: Iterable[Tensor]) -> tuple[Tensor | None, int]:
-    """X^T X over all batches.
+def gram(inputs: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Tensor | None:
+    """X^T X over all batches, or X^T diag(w) X.
 
     Args:
         inputs: batches [..., I] of any float dtype; their leading dimensions are tokens.
+        weights: for each batch a weight >= 0 of every token, [...]; None counts all the same.
 
     Returns:
-        float32 [I, I], symmetric (None without batches), and the number of tokens.
+        float32 [I, I], symmetric; None without batches.
     """
     total: Tensor | None = None
-    tokens = 0
-    for batch in inputs:
+    for batch, weight in zip(inputs, itertools.repeat(None) if weights is None else weights):  # noqa: B905
         x_NI = batch.reshape(-1, batch.shape[-1])
-        tokens += x_NI.shape[0]
+        if weight is not None:
+            x_NI = (x_NI * weight.reshape(-1, 1).sqrt()).to(torch.float32 if x_NI.device.type == "cpu" else x_NI.dtype)
         if total is None:
             total = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=torch.float32, device=x_NI.device)
         _add(total, x_NI)
@@ -35,7 +37,7 @@ def gram(inputs: Iterable[Tensor]) -> tuple[Tensor | None, int]:
         upper = total.triu()
         total = upper + upper.t()
         total.diagonal().mul_(0.5)
-    return total, tokens
+    return total
 
 
 def _add(total: Tensor, x_NI: Tensor) -> None:

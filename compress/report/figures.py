@@ -100,51 +100,57 @@ def verification(report: Report) -> str:
 
 def summary_table(report: Report) -> list[Row]:
     """The headline figures: rows of (label, base, compressed, change), for the terminal and the Markdown."""
-    base, compressed, quality = report.base, report.compressed, report.quality
+    verified = report.verified
+    loader = f"Opened by {verified.loader}" if verified else "Opened by the stock loader"
+    difference = verified.max_logit_difference if verified else None
+    note = "" if difference is None else f"largest logit difference {number(difference)}"
+    return [*size_rows(report), *quality_rows(report), (loader, "", verification(report), note)]
+
+
+def size_rows(report: Report) -> list[Row]:
+    """The rows of the summary that state sizes."""
+    base, compressed = report.base, report.compressed
+    same = base.parameters == compressed.parameters
     base_bits = f"{8 * base.bytes / base.parameters:.2f}" if base.parameters else "–"
     rows = [
         ("Size on disk", size(base.bytes), size(compressed.bytes), ratio(report)),
-        ("Parameters", count(base.parameters), count(compressed.parameters), _unless_same(report)),
+        (
+            "Parameters",
+            count(base.parameters),
+            count(compressed.parameters),
+            "unchanged" if same else change(base.parameters, compressed.parameters),
+        ),
         ("Bits per weight", base_bits, f"{compressed.bits_per_weight:.2f}", ""),
     ]
     if compressed.quantized_bits_per_weight is not None:
         rows.append(("Bits per quantized weight", "", f"{compressed.quantized_bits_per_weight:.2f}", "scales included"))
-    if quality is not None:
-        ppl, kl, top1 = quality.perplexity, quality.kl, quality.top1_agreement
-        rows += [
-            (
-                f"Perplexity ({ppl.dataset}, {ppl.sequence_length} tokens)",
-                perplexity(ppl.base),
-                perplexity(ppl.compressed),
-                change(ppl.base, ppl.compressed),
-            ),
-            ("KL divergence, mean (nats)", "0", number(kl.mean), _ci(kl.ci95)),
-            ("KL divergence, 99th percentile", "0", number(kl.p99), ""),
-            ("Top-1 agreement", "100 %", percent(top1.mean), _ci(top1.ci95, share=True)),
-        ]
-        rows += [
-            (f"{name} ({task.n} items)", number(task.base), number(task.compressed), f"{task.delta:+.3g}")
-            for name, task in quality.tasks.items()
-        ]
-    loader = f"Opened by {report.verified.loader}" if report.verified else "Opened by the stock loader"
-    rows.append((loader, "", verification(report), _logit_difference(report)))
     return rows
 
 
-def _unless_same(report: Report) -> str:
-    before, after = report.base.parameters, report.compressed.parameters
-    return "unchanged" if before == after else change(before, after)
+def quality_rows(report: Report) -> list[Row]:
+    """The rows of the summary that state accuracy; none without an evaluation."""
+    quality = report.quality
+    if quality is None:
+        return []
+    ppl, kl, top1 = quality.perplexity, quality.kl, quality.top1_agreement
+    rows = [
+        (
+            f"Perplexity ({ppl.dataset}, {ppl.sequence_length} tokens)",
+            perplexity(ppl.base),
+            perplexity(ppl.compressed),
+            change(ppl.base, ppl.compressed),
+        ),
+        ("KL divergence, mean (nats)", "0", number(kl.mean), _ci(kl.ci95)),
+        ("KL divergence, 99th percentile", "0", number(kl.p99), ""),
+        ("Top-1 agreement", "100 %", percent(top1.mean), _ci(top1.ci95, share=True)),
+    ]
+    for name, task in quality.tasks.items():
+        rows.append((f"{name} ({task.n} items)", number(task.base), number(task.compressed), f"{task.delta:+.3g}"))
+    return rows
 
 
 def _ci(bounds: Interval | None, share: bool = False) -> str:
     return "" if bounds is None else f"95 %: {interval(bounds, share)}"
-
-
-def _logit_difference(report: Report) -> str:
-    verified = report.verified
-    if verified is None or verified.max_logit_difference is None:
-        return ""
-    return f"largest logit difference {number(verified.max_logit_difference)}"
 
 
 def verdict(report: Report) -> str:
@@ -225,10 +231,20 @@ def size_parts(report: Report) -> tuple[tuple[float, float], tuple[float, float]
 
 def spec_words(stage: Stage) -> str:
     """What the stage was asked to do, in short: method gptq, bits 4, ..."""
-    return ", ".join(f"{key} {_word(value)}" for key, value in stage.spec.items() if key != "kind" and value not in ({}, []))
+    return _words({key: value for key, value in stage.spec.items() if key != "kind"})
 
 
-def _word(value: object) -> str:
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            _pair(key, inner) for key, inner in value.items() if inner is not None and inner not in ({}, [])
+        )
+    if isinstance(value, list):
+        return " and ".join(_words(inner) for inner in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
+
+
+def _pair(key: str, value: object) -> str:
+    return f"{key} ({_words(value)})" if isinstance(value, dict) else f"{key} {_words(value)}"

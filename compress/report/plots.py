@@ -1,7 +1,7 @@
 """The pictures of report.html, as SVG that lies inside the page and takes its colours from the page's style sheet.
 
-Matplotlib is imported when a picture is drawn. It draws in placeholder colours that become CSS variables, so one picture
-serves the light and the dark scheme; text stays text. The same report gives the same bytes.
+Matplotlib is imported when a picture is drawn. It draws in placeholder colours that become CSS variables, so one
+picture serves the light and the dark scheme; text stays text. The same report gives the same bytes.
 """
 
 import io
@@ -24,7 +24,7 @@ _INK, _MUTED, _RULE, _PANEL = _VARIABLES
 _SERIES = [f"#0505{number:02x}" for number in range(8)]
 _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
 _MARKERS = "osD^vPX*"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dscompress",
     "font.family": "sans-serif",
@@ -51,6 +51,8 @@ _STYLE: dict[str, Any] = {
 
 def error_by_layer(report: Report) -> str | None:
     """Relative output error of every matrix over the layers, a line for each kind; None without such errors."""
+    from matplotlib.ticker import MaxNLocator
+
     by_kind: dict[str, dict[int, list[MatrixRow]]] = {}
     for row in figures.matrices(report):
         if row.layer is not None and row.module.error:
@@ -61,16 +63,16 @@ def error_by_layer(report: Report) -> str | None:
     with _canvas(3.9) as (figure, axes):
         axes.set_yscale("log")
         for number, (kind, layers) in enumerate(by_kind.items()):
-            style = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8]}
+            style: dict[str, Any] = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8]}
             means = [fmean(row.module.error or 0.0 for row in rows) for rows in layers.values()]
             axes.plot(list(layers), means, label=kind, markersize=4, linewidth=1.4, markeredgewidth=0, **style)
         if fallbacks:
-            ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": _INK}
-            places = [row.layer for row in fallbacks], [row.module.error for row in fallbacks]
-            axes.plot(*places, linestyle="none", label="fallback", **ring)
+            ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": _INK}
+            layers_hit, errors = zip(*((row.layer or 0, row.module.error or 0.0) for row in fallbacks), strict=True)
+            axes.plot(layers_hit, errors, linestyle="none", label="fallback", **ring)
         axes.yaxis.set_major_formatter(_percent)
         axes.yaxis.set_minor_formatter(lambda value, _: _minor_percent(value, axes))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="decoder layer", ylabel="relative output error")
         axes.margins(x=0.02)
         _legend(axes)
@@ -79,6 +81,8 @@ def error_by_layer(report: Report) -> str | None:
 
 def kl_by_window(quality: Quality) -> str | None:
     """KL of every evaluation window, with their mean and its interval; None for fewer than two windows."""
+    from matplotlib.ticker import MaxNLocator
+
     windows = quality.kl_per_window
     if len(windows) < 2:
         return None
@@ -92,7 +96,7 @@ def kl_by_window(quality: Quality) -> str | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         _legend(axes)
         return _svg(figure, "windows", "KL divergence of every evaluation window")

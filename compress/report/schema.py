@@ -113,7 +113,7 @@ class Layer(_Record):
 
 
 class Stage(_Record):
-    """One stage as it ran: its spec, its cost, its layers. `cached`: taken from an earlier run, whose cost it states."""
+    """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states."""
 
     kind: str
     spec: dict[str, Any] = {}

@@ -5,7 +5,6 @@ style and its pictures, and loads nothing.
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -53,8 +52,8 @@ def write_report(report: Report, folder: Path) -> None:
 def write_model_card(report: Report, folder: Path) -> None:
     """Writes README.md, a Hugging Face model card, into `folder`, which exists.
 
-    `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here. vLLM is named for what
-    its kernels take: compressed-tensors of 4 or 8 bits without a quantized head or embeddings.
+    `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here. vLLM is named for
+    what its kernels take: compressed-tensors of 4 or 8 bits without a quantized head or embeddings.
 
     Raises:
         OutputError: the file can't be written there.
@@ -110,25 +109,31 @@ def _view(report: Report) -> dict[str, Any]:
         "matrices": rows,
         "fallbacks": fallbacks,
         "worst": figures.worst(report),
-        "notices": _notices(report, len(fallbacks), len(rows)),
+        "size_rows": figures.size_rows(report),
+        "quality_rows": figures.quality_rows(report),
+        "failures": _failures(report),
+        "warnings": _fallback_warning(len(fallbacks), len(rows)) + report.warnings,
         "facts": _facts(report),
         "recipe_yaml": _yaml(report.recipe),
     }
 
 
-def _notices(report: Report, fallbacks: int, matrices: int) -> list[str]:
-    """What must not be overlooked."""
-    notices = []
+def _failures(report: Report) -> list[str]:
+    """Why the checkpoint must not be used."""
     verified = report.verified
-    if verified is not None and not verified.passed:
-        difference, tolerance = figures.number(verified.max_logit_difference), figures.number(verified.tolerance)
-        notices.append(
-            f"Verification failed: opened by {verified.loader}, the logits differ by up to {difference} "
-            f"(allowed: {tolerance}). Do not use this checkpoint."
-        )
-    if fallbacks:
-        notices.append(f"{fallbacks} of {matrices} matrices fell back to a simpler method; see the errors by layer.")
-    return notices
+    if verified is None or verified.passed:
+        return []
+    difference, tolerance = figures.number(verified.max_logit_difference), figures.number(verified.tolerance)
+    return [
+        f"Verification failed: opened by {verified.loader}, the logits differ by up to {difference} "
+        f"(allowed: {tolerance}). Do not use this checkpoint."
+    ]
+
+
+def _fallback_warning(fallbacks: int, matrices: int) -> list[str]:
+    if not fallbacks:
+        return []
+    return [f"{fallbacks} of {matrices} matrices fell back to a simpler method; see the errors by layer."]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -206,7 +211,7 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

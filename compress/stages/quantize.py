@@ -20,6 +20,8 @@ from compress.artefact import write_text
 from compress.errors import NumericalError, RecipeError
 from compress.export.formats import FORMATS
 from compress.memory import PeakMemory
+from compress.model.arch import ATTENDED
+from compress.model.attention import received_attention
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
 from compress.model.stream import Activations, LayerStream
 from compress.plan import Matrix, find_modules, plan_matrices
@@ -181,12 +183,19 @@ class _Quantization:
         _check_finite(raw)
         stream.fill_layer(index, raw)
         solved: dict[str, _Solved] = {}
+        attended = {n for n in self.matrices if n.startswith(prefix) and n.rpartition(".")[2] in ATTENDED}
+        received = received_attention(stream, index, activations) if activations is not None and attended else None
 
         def visit(group: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
             names = [prefix + name for name in group if prefix + name in self.matrices]
             if not names:
                 return
-            found = self._solve({name: raw[f"{name}.weight"] for name in names}, inputs)
+            batches = list(inputs)
+            found: dict[str, _Solved] = {}
+            weighted = [name for name in names if received is not None and name in attended]
+            for alike, weights in (([name for name in names if name not in weighted], None), (weighted, received)):
+                if alike:
+                    found |= self._solve({n: raw[f"{n}.weight"] for n in alike}, gram(batches, weights))
             solved.update(found)
             stream.fill_layer(
                 index, {f"{n}.weight": s.quantized.dequantize(self.context.dtype) for n, s in found.items()}
@@ -210,9 +219,8 @@ class _Quantization:
             kept |= {f"{name}.{local}": tensor for local, tensor in self.format.pack(each.quantized).items()}
         return {name: tensor.cpu() for name, tensor in kept.items()}
 
-    def _solve(self, weights: Mapping[str, Tensor], inputs: Iterator[Tensor]) -> dict[str, _Solved]:
-        """Quantize matrices that share their inputs; those on one grid are solved as one tall matrix."""
-        hessian, _ = gram(inputs)
+    def _solve(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, _Solved]:
+        """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix."""
         by_grid: dict[Grid, list[str]] = {}
         for name in weights:
             by_grid.setdefault(self.grids[name], []).append(name)
@@ -257,7 +265,7 @@ class _Quantization:
         if name not in self.matrices:
             return {}
         weight = self.parent.load([f"{name}.weight"], self.context.device)
-        solved = self._solve({name: weight[f"{name}.weight"]}, iter(()))
+        solved = self._solve({name: weight[f"{name}.weight"]}, None)
         self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
         return solved
 
@@ -270,7 +278,8 @@ class _Quantization:
         assert weight is not None, "plan_matrices names a head only where its weights are"
         hidden = [] if activations is None else activations.hidden
         with self.stream.outer():
-            solved = self._solve({name: weight.to(self.context.device)}, map(self.stream.head_inputs, hidden))
+            hessian = gram(map(self.stream.head_inputs, hidden))
+            solved = self._solve({name: weight.to(self.context.device)}, hessian)
         self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
         return solved
 

