@@ -192,7 +192,7 @@ class _Run:
         from compress.stages.quantize import PROBE
         from compress.stages.verify import verify_logits
 
-        self.reporter.say("verifying: opening the checkpoint with the stock loader")
+        self.reporter.say("verifying: opening the checkpoint again")
         expected = _logits(self.work / "stages" / f"{key}.{PROBE}")
         verified = verify_logits(
             result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code

@@ -1,5 +1,6 @@
 """Models of random weights in any architecture that transformers knows, small enough to be made in a moment."""
 
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+gc.freeze()  # the layer loop collects garbage, which takes long in a process that has imported so much
 
 TOKENIZER = Path(__file__).parent / "models" / "tiny-wiki-llama"
 SIZES = {

@@ -42,16 +42,20 @@ def test_every_figure_equals_the_float64_reference(noise: float) -> None:
     nll_base, nll_candidate, kl, agree = _reference(base.numpy(), candidate.numpy(), targets.numpy())
     np.testing.assert_allclose(got.nll_base, nll_base, rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(got.nll_candidate, nll_candidate, rtol=2e-6, atol=2e-6)
-    np.testing.assert_allclose(got.kl, kl, rtol=2e-4, atol=1e-9)
+    np.testing.assert_allclose(got.kl, kl, rtol=1e-5, atol=1.2e-7)
     np.testing.assert_array_equal(got.agree, agree)
     assert [t.dtype for t in (got.nll_base, got.nll_candidate, got.kl)] == [torch.float32] * 3
 
 
 def test_a_small_divergence_is_not_lost_in_rounding() -> None:
-    base, candidate, targets = _logits(64, 4096, 4.0, 1e-3)
+    base, candidate, targets = _logits(256, 4096, 4.0, 1e-3)
     _, _, kl, _ = _reference(base.numpy(), candidate.numpy(), targets.numpy())
-    assert kl.max() < 1e-6  # below what ln p - ln q resolves at ln p = -16 in float32
-    np.testing.assert_allclose(token_divergence(base, candidate, targets).kl.double().mean(), kl.mean(), rtol=1e-3)
+    got = token_divergence(base, candidate, targets).kl.double().numpy()
+    log_p, log_q = base.log_softmax(dim=1), candidate.log_softmax(dim=1)
+    textbook = (log_p.exp() * (log_p - log_q)).sum(dim=1).double().numpy()  # in float32: some are below zero
+    assert textbook.min() < 0 <= got.min()
+    assert abs(got - kl).max() < 0.2 * abs(textbook - kl).max()
+    np.testing.assert_allclose(got.mean(), kl.mean(), rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -93,7 +97,7 @@ def test_kl_is_never_negative_and_zero_at_identity(seed: int, spread: float, noi
 
 def test_adding_a_constant_to_the_logits_changes_nothing() -> None:
     base, _, targets = _logits(16, 512, 4.0, 0.0)
-    assert token_divergence(base, base + 3.0, targets).kl.max() < 1e-9
+    assert token_divergence(base, base + 3.0, targets).kl.max() < 1.2e-7
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -93,7 +93,7 @@ def _bare() -> dict[str, Any]:
     record |= {"quality": None, "verified": None, "stages": [], "versions": {}}
     for optional in ("calibration", "generations", "generations_note", "machine", "warnings"):
         del record[optional]
-    record["base"] = {"model": "models/local", "bytes": 100, "parameters": 50}
+    record["base"] = {"model": "/data/local", "bytes": 100, "parameters": 50}
     record["compressed"] = {"path": "out/tiny", "bytes": 40, "parameters": 50, "bits_per_weight": 6.4}
     return record
 
@@ -230,9 +230,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     page = _Page(html)
     assert page.open == [] and "script" not in {tag for tag, _ in page.tags}
     assert page.text.count("{{ 7 * 7 }}") >= 6  # shown as it is, never evaluated
-    fenced = re.sub(r"(?ms)^(`{3,})\w+\n.*?\n\1$", "", md)
-    assert "upon" not in fenced and "<script>" not in re.sub(r"\\<script\\>", "", fenced)
-    assert "<script>" not in re.sub(r"\\<script\\>", "", re.sub(r"(?ms)^(`{3,})\w+\n.*?\n\1$", "", card))
+    for content in (md, card):
+        outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?\n\1$", "", content)  # what is not in a code block
+        assert "<script>" not in outside and outside.count("{{ 7 \\* 7 }}") >= 3
 
 
 def test_everything_absent_is_said_and_nothing_breaks(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_everything_absent_is_said_and_nothing_breaks(tmp_path: Path) -> None:
     for content in (page.text, md, card):
         assert "not evaluated" in content and "not verified" in content
         assert "None" not in content and "nan" not in content
-    assert "base_model" not in card or "owner" in report.base.model
+    assert "base_model" not in card and summary_table(report)[-1][2] == "not verified"
 
 
 @pytest.mark.parametrize("missing", ["quality", "verified", "calibration", "generations_note", "machine"])
@@ -285,7 +285,7 @@ def test_fallbacks_are_counted_and_flagged(tmp_path: Path) -> None:
     assert 'class="flagged"' in html and "rounded to nearest: singular" in html
 
 
-def test_matrices_are_sorted_by_layer_with_the_rest_last() -> None:
+def test_matrices_are_sorted_by_layer_and_the_worst_by_error() -> None:
     record = _record()
     head = {"name": "lm_head", "shape": [8, 8], "bits": 8, "group_size": -1, "symmetric": True}
     layers = record["stages"][0]["layers"]
@@ -293,12 +293,8 @@ def test_matrices_are_sorted_by_layer_with_the_rest_last() -> None:
     rows = figures.matrices(Report.model_validate(record))
     assert [row.layer for row in rows] == [0] * 7 + [1] * 7 + [2] * 7 + [None]
     assert (rows[3].name, rows[3].kind, rows[-1].name) == ("self_attn.o_proj", "o", "lm_head")
-
-
-def test_worst_are_the_largest_errors() -> None:
-    report = Report.model_validate(_record())
-    errors = [module.error for layer in report.stages[0].layers for module in layer.modules]
-    assert [row.module.error for row in figures.worst(report)] == sorted(errors, reverse=True)[:5]
+    errors = sorted((row.module.error or 0.0 for row in rows), reverse=True)
+    assert [row.module.error for row in figures.worst(Report.model_validate(record))] == errors[:5]
 
 
 def test_size_parts_add_up_to_the_measured_bytes_or_are_not_shown() -> None:
@@ -333,7 +329,8 @@ def test_the_model_card_names_a_hub_base_and_how_to_load(tmp_path: Path) -> None
 def test_the_model_card_of_a_local_base_claims_no_hub_id(model: str, tmp_path: Path) -> None:
     record = _record()
     record["base"]["model"] = model
-    assert "base_model" not in _written(record, tmp_path)[3]
+    card = _written(record, tmp_path)[3]
+    assert "base_model" not in card and "/data/" not in card
 
 
 def test_a_folder_that_reads_like_a_hub_id_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +383,8 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     [
         (figures.size(999), "999 B"), (figures.size(92_340_000), "92.3 MB"), (figures.size(999_600), "1.00 MB"),
         (figures.count(134_515_008), "135M"), (figures.count(8_030_000_000), "8.03B"),
-        (figures.duration(9.96), "10 s"), (figures.duration(59.6), "1 min 00 s"), (figures.duration(3840), "1 h 04 min"),
+        (figures.duration(9.96), "10 s"), (figures.duration(59.6), "1 min 00 s"),
+        (figures.duration(3840), "1 h 04 min"),
         (figures.percent(0.0123), "1.23 %"), (figures.number(None), "–"), (figures.perplexity(7.12345), "7.123"),
         (figures.interval((0.5, 0.625), share=True), "50.0 % to 62.5 %"),
     ],
@@ -396,9 +394,6 @@ def test_figures_read_well(text: str, expected: str) -> None:
 
 
 def test_writing_a_report_never_imports_torch_and_reading_one_imports_no_plots() -> None:
-    code = (
-        "import sys, compress.report.write; "
-        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    )
+    code = "import sys, compress.report.write; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -67,10 +67,21 @@ def write_model_card(report: Report, folder: Path) -> None:
         "front_matter": _yaml(_front_matter(report, stage, hub_base)),
         "method_words": _method_words(stage),
         "hub_base": hub_base,
+        "base_name": _without_folders(report.base.model),
+        "recipe_yaml": _yaml(_without_folders(report.recipe)),
         "path": f"path/to/{PurePath(report.compressed.path).name}",
         "vllm": report.compressed.format == "compressed-tensors" and bits <= _VLLM_BITS and whole,
     }
     _write(folder / "README.md", _environment().get_template("model_card.md.jinja").render(card))
+
+
+def _without_folders(value: Any) -> Any:
+    """A value of a recipe with absolute paths cut to their names: a card is published, and nobody's folders with it."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _front_matter(report: Report, stage: Stage | None, hub_base: bool) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class _Quantization:
         missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
         if missed:
             raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
-        modules = [solved[name].module for name in self.matrices if name in solved]
+        modules = [each.module for each in solved.values()]  # in the order in which they are used
         return self._packed(raw, solved), schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
 
     def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, _Solved]) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ class _Quantization:
         merge_parts(parts, folder)
         for file in self.parent.folder.iterdir():
             if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
-                shutil.copy2(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
         unquantized = [name for name in self.modules.linears if name not in self.matrices]
         unquantized += [self.modules.head] if self.modules.head not in self.matrices else []
         config: dict[str, Any] = dict(self.parent.config)
