@@ -135,7 +135,7 @@ def validate(
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Check a recipe, and its model's shapes where the model is here; print what it means."""
+    """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
     loaded = _load(recipe, overrides, model, output)
     folder = Path(loaded.model)
     if folder.is_dir():

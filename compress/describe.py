@@ -20,7 +20,7 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     check_output(output)
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
     spec = calibration_of(recipe)
-    lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {base.bytes / 1e9:.2f} GB"]
+    lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {_size(base.bytes)}"]
     for number, stage in enumerate(recipe.stages):
         matrices = plan_matrices(stage, base, f"stages.{number}")
         plan = estimate(matrices, base, spec.samples, spec.sequence_length)
@@ -28,12 +28,16 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
         free = shutil.disk_usage(_existing(work)).free
         lines += [
             f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",
-            f"result   about {plan.output_bytes / 1e9:.2f} GB, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
-            f"memory   about {plan.memory_bytes / 1e9:.1f} GB at most "
+            f"result   about {_size(plan.output_bytes)}, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
+            f"memory   about {_size(plan.memory_bytes)} at most "
             f"({spec.samples} x {spec.sequence_length} calibration tokens)",
-            f"disk     about {plan.disk_bytes / 1e9:.1f} GB under {work.parent}, {free / 1e9:.0f} GB free",
+            f"disk     about {_size(plan.disk_bytes)} under {work}, {_size(free)} free",
         ]
     return [*lines, f"output   {output}"]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _existing(folder: Path) -> Path:

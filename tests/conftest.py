@@ -1,9 +1,13 @@
 """What every test shares: an offline environment, set before any library reads it, and a small trained model."""
 
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,8 +15,56 @@ os.environ["MPLBACKEND"] = "Agg"
 # Two threads wherever the tests run: small matrices gain nothing from more, and sums are split the same way.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+FINISHED_RECIPE = """\
+name: finished
+model: org/replaced-by-model
+calibration: general_en_small
+stages:
+  - {kind: quantize, bits: 3, group_size: 64, overrides: {"*.down_proj": {bits: 8}}}
+evaluate: {text: wikitext2, sequence_length: 128, windows: 4, prompts: ["The library"]}
+output: replaced-by-output
+"""
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A trained Llama of 6M parameters in bfloat16: hidden 256, 6 layers, tied embeddings. To change it, copy it."""
     return Path(__file__).parent / "models" / "tiny-wiki-llama"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left, and what it printed.
+
+    Args:
+        arguments: of the command.
+        output: the checkpoint.
+        work: its work folder.
+        report: report.json.
+        stdout: standard output.
+        stderr: standard error.
+    """
+
+    arguments: list[str]
+    output: Path
+    work: Path
+    report: dict[str, Any]
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> FinishedRun:
+    """The tiny model quantized, verified and evaluated by the command. To change something, copy it."""
+    from compress.cli import app
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(FINISHED_RECIPE)
+    output, work = folder / "result", folder / "work"
+    arguments = ["run", str(folder / "recipe.yaml"), "--model", str(tiny_model), "--device", "cpu"]
+    arguments += ["--output", str(output), "--work-dir", str(work), "--set", "stages.0.bits=4"]
+    arguments += ["--set", "calibration.samples=8", "--set", "calibration.sequence_length=128"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((output / "report.json").read_text())
+    return FinishedRun(arguments, output, work, report, result.stdout, result.stderr)

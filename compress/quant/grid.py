@@ -84,11 +84,13 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def store_scale(scale: Tensor, grid: Grid) -> Tensor:
-    """`scale` as a loader will read it: rounded to the stored dtype, then float32 again.
+    """`scale` as a loader will read it: rounded to the stored dtype, then float32 again, and never zero.
 
-    Groups of zeros, and scales that the dtype rounds to zero, get its smallest normal number: their codes are the
-    zero point and their values exact zeros (or the nearest that the format holds).
+    What would round to zero gets the smallest number that is safe to multiply with everywhere, with its sign:
+    float16's smallest subnormal, the smallest normal of the wider dtypes (processors may flush subnormals there). A
+    group of zeros then has its zero point for codes and exact zeros for values.
     """
+    limits = torch.finfo(grid.scale_dtype)
+    smallest = limits.tiny * (limits.eps if grid.scale_dtype == torch.float16 else 1.0)
     stored = scale.to(grid.scale_dtype).float()
-    tiny = torch.finfo(grid.scale_dtype).tiny
-    return torch.where(stored.abs() < tiny, torch.full_like(stored, tiny), stored)
+    return torch.where(stored.abs() < smallest, torch.full_like(stored, smallest).copysign(scale), stored)

@@ -19,7 +19,7 @@ Clip = Literal["none", "mse", "hessian"]
 
 _ELEMENTS_AT_ONCE = 1 << 18  # keeps the search's temporaries inside a core's cache; on a GPU a launch is larger
 _SHRINK = {2: 0.45, 3: 0.55, 4: 0.70, 8: 0.90}  # the tightest range tried, as a share of the extreme weight
-_STEPS = 9
+_STEPS = 7  # more find no better scales than noise, once each is fitted to its codes
 
 
 def group_scales(weight: Tensor, importance: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -54,28 +54,36 @@ def _full_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    scale = store_scale((high - low) / grid.largest_code, grid)
+    steps = (high - low) / grid.largest_code
+    if grid.zero_minimum:  # the levels below the smallest zero point can't be used above zero
+        steps = torch.maximum(steps, high / (grid.largest_code - grid.zero_minimum))
+    scale = store_scale(steps, grid)
     return scale, torch.round(-low / scale).clamp_(grid.zero_minimum, grid.largest_code)
 
 
 def _search_symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    extreme = weight.abs().amax(1)
+    columns = weight.t()  # [g, R]: the solver's layout, in which every operation runs along memory
+    full = _full_range(weight, grid)[0]
     low, high = -grid.middle, grid.middle - 1
-    weighted = weight * importance
-    best = torch.full_like(extreme, -1.0)
-    scale = _full_range(weight, grid)[0]
-    codes, product = torch.empty_like(weight), torch.empty_like(weight)
-    for share in torch.linspace(grid.middle / max(high, 0.75), _SHRINK[grid.bits], _STEPS).tolist():
-        for sign in (1.0, -1.0):
-            inverse = sign * grid.middle / (share * extreme.clamp(min=1e-30))
-            torch.mul(weight, inverse[:, None], out=codes).round_().clamp_(low, high)
-            cross = torch.mul(weighted, codes, out=product).sum(1)
-            square = torch.mul(codes, codes, out=product) @ importance
-            gain = cross * cross / square.clamp_(min=1e-30)  # loss = sum(h w^2) - gain once the scale is fitted
-            better = gain > best
-            best = torch.where(better, gain, best)
-            scale = torch.where(better & (square > 0), cross / square, scale)
-    return store_scale(scale, grid), torch.full_like(scale, grid.middle)
+    extreme = columns.abs().amax(0).clamp_(min=torch.finfo(torch.float32).tiny) / grid.middle
+    shares = torch.linspace(grid.middle / max(high, 0.75), _SHRINK[grid.bits], _STEPS).tolist()
+    weighted = columns * importance[:, None]
+    best, scale = torch.full_like(full, -1.0), full
+    codes, product = torch.empty_like(columns), torch.empty_like(columns)
+    for tried in (full, *(extreme * (sign * share) for share in shares for sign in (1, -1))):
+        torch.div(columns, tried, out=codes).round_().clamp_(low, high)
+        cross = torch.mul(weighted, codes, out=product).sum(0)
+        square = importance @ codes.square_()
+        gain = cross * cross / square.clamp(min=1e-30)  # loss = sum(h w^2) - gain once the scale is fitted to the codes
+        better = gain > best
+        best = torch.where(better, gain, best)
+        scale = torch.where(better & (square > 1e-30), cross / square, scale)
+    found = store_scale(scale, grid)  # which moves it: by half a step at the largest codes of 8 bits
+    losses = []
+    for stored in (found, full):
+        torch.div(columns, stored, out=codes).round_().clamp_(low, high)
+        losses.append(importance @ torch.addcmul(columns, codes, stored, value=-1, out=product).square_())
+    return torch.where(losses[0] <= losses[1], found, full), torch.full_like(scale, grid.middle)
 
 
 def _search_asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
