@@ -236,7 +236,9 @@ class _Run:
         needed, free = int(parameter_count(base) * context.dtype.itemsize * 1.3), available(context.device)
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
-        prompts = list(spec.prompts or PROMPTS)
+        prompts = list(PROMPTS if spec.prompts is None else spec.prompts)
+        if not prompts:
+            return [], "the recipe has no prompts"
         self.reporter.say(f"generating: {len(prompts)} prompts with each model")
         texts = []
         for checkpoint, identity in ((base, base_id), (result, key)):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -56,7 +55,7 @@ class FinishedRun:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> FinishedRun:
     """The tiny model quantized, verified and evaluated by the command. To change something, copy it."""
-    from compress.cli import app
+    from command import invoke  # here, so that the environment is set before anything is imported
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(FINISHED_RECIPE)
@@ -64,7 +63,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     arguments = ["run", str(folder / "recipe.yaml"), "--model", str(tiny_model), "--device", "cpu"]
     arguments += ["--output", str(output), "--work-dir", str(work), "--set", "stages.0.bits=4"]
     arguments += ["--set", "calibration.samples=8", "--set", "calibration.sequence_length=128"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
     report = json.loads((output / "report.json").read_text())
     return FinishedRun(arguments, output, work, report, result.stdout, result.stderr)

@@ -13,10 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from command import invoke
 from mistakes import CASES, RUN, Case, Desk
-from typer.testing import CliRunner
-
-from compress.cli import app
 
 COMMAND = Path(sys.executable).with_name("dscompress")
 MOUNTS = sys.platform == "linux" and os.geteuid() == 0
@@ -46,8 +44,7 @@ def test_one_line_and_nothing_lost(case: Case, desk: Desk) -> None:
         pytest.skip(ROOM)
     arguments = case.arrange(desk)
     before = contents(desk.folder)
-    result = CliRunner().invoke(app, arguments)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    result = invoke(*arguments)
     assert result.exit_code == case.code
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -79,14 +76,14 @@ def test_links_of_a_hub_cache_are_followed(desk: Desk) -> None:
     for number, file in enumerate(sorted(index.parent.iterdir())):
         file.rename(blobs / str(number))
         file.symlink_to(Path("..") / "blobs" / str(number))
-    result = CliRunner().invoke(app, ["validate", "recipe.yaml"])
+    result = invoke("validate", "recipe.yaml")
     assert (result.exit_code, result.stdout) == (0, "recipe.yaml: valid\n")
 
 
 def test_an_output_behind_a_link_is_written_there(desk: Desk) -> None:
     desk.file("disk").mkdir()
     desk.file("out").symlink_to("disk/result")
-    assert CliRunner().invoke(app, QUICK).exit_code == 0
+    assert invoke(*QUICK).exit_code == 0
     assert desk.file("out").is_symlink()
     assert desk.file("disk/result/model.safetensors").is_file()
 
@@ -96,7 +93,7 @@ def test_other_folders_beside_the_output_are_left_alone(desk: Desk) -> None:
         desk.file(name).mkdir()
         desk.write(f"{name}/keep.txt", "mine")
     for _ in range(2):
-        assert CliRunner().invoke(app, QUICK).exit_code == 0
+        assert invoke(*QUICK).exit_code == 0
     assert [desk.file(f"{name}/keep.txt").read_text() for name in ("out.old", "out.part", "out.tmp")] == ["mine"] * 3
 
 
@@ -104,14 +101,14 @@ def test_other_folders_beside_the_output_are_left_alone(desk: Desk) -> None:
 def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
     disk = desk.mount("little", "size=400k")
     command = [*QUICK, "--work-dir", "little/work"]
-    stopped = CliRunner().invoke(app, command)
+    stopped = invoke(*command)
     assert (stopped.exit_code, "no space left on the disk" in stopped.stderr) == (2, True)
     subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
-    continued = CliRunner().invoke(app, command)
+    continued = invoke(*command)
     assert continued.exit_code == 0, continued.stderr
     (stage,) = json.loads(desk.file("out/report.json").read_text())["stages"]
     assert stage["resumed_layers"] == 2
-    assert CliRunner().invoke(app, [*QUICK, "--output", "whole", "--work-dir", "work"]).exit_code == 0
+    assert invoke(*QUICK, "--output", "whole", "--work-dir", "work").exit_code == 0
     one, other = (desk.file(f"{name}/model.safetensors").read_bytes() for name in ("out", "whole"))
     assert one == other
 
@@ -120,9 +117,9 @@ def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
 def test_a_full_disk_at_the_end_leaves_the_earlier_output(desk: Desk) -> None:
     disk = desk.mount("little", "size=1300k")
     command = [*QUICK, "--output", "little/out", "--work-dir", "work"]
-    assert CliRunner().invoke(app, command).exit_code == 0
+    assert invoke(*command).exit_code == 0
     before = contents(disk)
-    result = CliRunner().invoke(app, [*command, "--set", "stages.0.bits=8"])
+    result = invoke(*command, "--set", "stages.0.bits=8")
     assert result.exit_code == 2
     assert re.search(r"^error: \S+: no space left on the disk; free some and run the same", result.stderr, re.MULTILINE)
     assert contents(disk) == before

@@ -1,4 +1,4 @@
-"""Model families, those with a row in arch.py and others: streamed, quantized, and opened again by stock transformers."""
+"""Model families, with a row in arch.py and without: streamed, quantized, opened again by stock transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,10 @@ def check_quantized(folder: Path, work: Path, family: str, tie: bool) -> None:
     computed = read_part(work / PROBE)[0]["logits"]
     assert float((logits - computed).abs().max()) <= 2e-2 * float(computed.abs().max())
     assert float(computed.std()) > 0.1
+    modules, arch = find_modules(parent), find_arch(stock, parent.config)
+    assert (modules.layers, modules.embeddings) == (arch.layers, arch.embeddings)
     matrices = {module.name for layer in record.layers for module in layer.modules}
-    assert matrices == set(find_modules(parent).linears) and len(matrices) == count_linears(stock, parent)
+    assert matrices == set(modules.linears) and len(matrices) == count_linears(stock, parent)
     errors = [module.error for layer in record.layers for module in layer.modules]
     assert all(error is not None and 0 < error < 0.05 for error in errors)
     written = Checkpoint(work / "checkpoint")

@@ -10,11 +10,10 @@ from typing import Any
 
 import killable
 import pytest
+from command import invoke
 from killable import Moment
 from safetensors import deserialize
-from typer.testing import CliRunner
 
-from compress.cli import app
 from compress.recipe import bundled_dir
 
 # The gptq layout is verified in the run's own process; nothing of another process then outlives a kill.
@@ -166,7 +165,7 @@ def test_two_at_once(folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
     process = killable.Process(RUN, folder, Moment("os.rename", r"layer-00001\.tmp -> ", signal=None))
     assert process.pipe.recv() == "here"
     monkeypatch.chdir(folder)
-    second = CliRunner().invoke(app, RUN)
+    second = invoke(*RUN)
     assert second.exit_code == 2
     assert second.stderr.startswith(f"error: {folder}/.dscompress: in use by process {process.pid} since ")
     process.pipe.send("go on")

@@ -56,9 +56,7 @@ def batches(tokens: Tensor, batch: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("sequences", "length", "batch"), [(5, 16, 2), (3, 33, 3), (4, 40, 1), (1, 1, 1), (3, 128, 2)])
-def test_logits_are_the_stock_models(
-    folder: Path, dtype: torch.dtype, sequences: int, length: int, batch: int
-) -> None:
+def test_logits_are_the_stock_models(folder: Path, dtype: torch.dtype, sequences: int, length: int, batch: int) -> None:
     tokens = random_tokens(sequences, length)
     stock = load_stock(folder, dtype)
     stream = open_stream(folder, dtype)
@@ -94,7 +92,9 @@ def test_head_inputs_are_the_stock_models(folder: Path) -> None:
 def test_embeddings_and_head_that_are_replaced_are_used(folder: Path) -> None:
     tokens = random_tokens(2, 20)
     stock, stream = load_stock(folder, torch.bfloat16), open_stream(folder)
-    new = {name: torch.roll(stock.get_parameter(name), 1, 0) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    new = {
+        name: torch.roll(stock.get_parameter(name), 1, 0) for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     stream.replaced |= new
     for name, weight in new.items():
         stock.get_parameter(name).copy_(weight)
@@ -223,9 +223,7 @@ def test_nan_activations_name_the_layer(folder: Path, with_visit: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["another order", "a linear less", "a linear twice"])
-def test_batches_that_take_different_paths_are_caught(
-    folder: Path, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_that_take_different_paths_are_caught(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = open_stream(folder)
     activations = stream.start(random_tokens(4, 8), 2)
     stream.fill_layer(0, stream.load_layer(0))
