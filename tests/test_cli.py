@@ -75,9 +75,7 @@ def test_help_names_every_command() -> None:
     assert succeed("--version") == f"dscompress {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["rum"], ["run"], ["run", "quickstart", "--bits", "3"], ["eval", "a"], ["cache"]]
-)
+@pytest.mark.parametrize("arguments", [["rum"], ["run"], ["run", "quickstart", "--bits", "3"], ["eval", "a"]])
 def test_a_command_line_that_is_wrong_ends_with_2(arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2
 
