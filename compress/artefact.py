@@ -54,7 +54,7 @@ class Probe(BaseModel):
 
 
 class Record(BaseModel):
-    """dscompress.json: how a checkpoint came to be."""
+    """dscompress.json: how a checkpoint came to be; `files` has the SHA-256 of each of its other files, by name."""
 
     model_config = ConfigDict(extra="forbid")
     fingerprint: str
@@ -62,6 +62,7 @@ class Record(BaseModel):
     base: str
     stage: Stage
     probe: Probe
+    files: dict[str, str]
     created: str
     versions: dict[str, str]
 
@@ -70,6 +71,15 @@ def fingerprint(*parts: Any) -> str:
     """A short digest of anything that JSON can hold; equal parts give equal digests in every process."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -177,6 +187,19 @@ def publish(artefact: Path, output: Path) -> None:
             except OSError:
                 pass  # another file system: copy
         shutil.copy2(file, target)
+
+
+def keep_foreign(output: Path, replacement: Path) -> None:
+    """Copy to a new output what a user added to the old one: all that its record and its report don't account for."""
+    record = read_record(output)
+    if record is None:
+        return
+    for entry in output.iterdir():
+        ours = entry.name in record.files or entry.name == RECORD or (replacement / entry.name).exists()
+        if not ours and entry.is_dir():
+            shutil.copytree(entry, replacement / entry.name, symlinks=True)
+        elif not ours:
+            shutil.copy2(entry, replacement / entry.name, follow_symlinks=False)
 
 
 class RunLock:

@@ -19,18 +19,18 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     output = Path(recipe.output)
     check_output(output)
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
-    spec = calibration_of(recipe)
+    text = calibration_of(recipe)
     lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {_size(base.bytes)}"]
     for number, stage in enumerate(recipe.stages):
         matrices = plan_matrices(stage, base, f"stages.{number}")
-        plan = estimate(matrices, base, spec.samples, spec.sequence_length)
+        plan = estimate(stage, matrices, base, text.samples, text.sequence_length)
         kinds = ", ".join(sorted({f"{m.bits} bits g{m.group_size}" for m in matrices}))
         free = shutil.disk_usage(_existing(work)).free
         lines += [
             f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",
             f"result   about {_size(plan.output_bytes)}, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
             f"memory   about {_size(plan.memory_bytes)} at most "
-            f"({spec.samples} x {spec.sequence_length} calibration tokens)",
+            f"({text.samples} x {text.sequence_length} calibration tokens)",
             f"disk     about {_size(plan.disk_bytes)} under {work}, {_size(free)} free",
         ]
     return [*lines, f"output   {output}"]

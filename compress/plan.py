@@ -19,6 +19,7 @@ from compress.recipe_messages import did_you_mean
 from compress.recipe_yaml import load_calibration_spec
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
+_HEADER_BYTES = 120  # that a tensor takes in a file's header, about
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -238,10 +239,15 @@ class Estimate:
     parameters: int
 
 
-def estimate(matrices: Sequence[Matrix], checkpoint: Checkpoint, sequences: int, sequence_length: int) -> Estimate:
+def estimate(
+    spec: QuantizeStage, matrices: Sequence[Matrix], checkpoint: Checkpoint, sequences: int, sequence_length: int
+) -> Estimate:
     """Memory and disk of a quantize stage on this model with this much calibration text."""
     modules = find_modules(checkpoint)
-    saved = sum(_dense_bytes(checkpoint, m) - quantized_bytes(m) for m in matrices)
+    wide = any(checkpoint.tensors[f"{name}.weight"].dtype == "F32" for name in modules.linears)
+    packed = sum(quantized_bytes(m, spec.format, 4 if wide else 2) + 3 * _HEADER_BYTES for m in matrices)
+    replaced = {matrix.name for matrix in matrices} | ({modules.head} if _is_tied(checkpoint, modules) else set())
+    output = checkpoint.bytes + packed - sum(_dense_bytes(checkpoint, name) for name in replaced)
     layer: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         match = _LAYER.fullmatch(name)
@@ -252,27 +258,33 @@ def estimate(matrices: Sequence[Matrix], checkpoint: Checkpoint, sequences: int,
     in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
     activations = 2 * sequences * sequence_length * (hidden + in_layers)
     memory = 4 * max(layer.values()) + 12 * widest**2 + activations + outside + 700_000_000
-    output = checkpoint.bytes - saved
     return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
 
 
-def _dense_bytes(checkpoint: Checkpoint, matrix: Matrix) -> int:
-    info = checkpoint.tensors.get(f"{matrix.name}.weight")
+def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
+    info = checkpoint.tensors.get(f"{module}.weight")
     return info.bytes if info is not None else 0
 
 
-def quantized_bytes(matrix: Matrix) -> int:
-    """Bytes of a quantized matrix: codes, two-byte scales, zero points if any."""
+def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
+    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which they are)."""
     rows, columns = matrix.shape
-    bits = rows * columns * matrix.bits + rows * matrix.groups * (16 + (0 if matrix.symmetric else matrix.bits))
-    return bits // 8
+    scales = rows * matrix.groups
+    if format == "gptq":
+        return (rows * columns + scales) * matrix.bits // 8 + 2 * scales + 4 * columns
+    zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)
+    return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16
+
+
+def _is_tied(checkpoint: Checkpoint, modules: Modules) -> bool:
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    return bool(tied) and f"{modules.embeddings}.weight" in checkpoint.tensors
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:
     """Parameters of a dense checkpoint; a tied head that is stored twice counts once."""
     modules = find_modules(checkpoint)
-    tied = checkpoint.config.get("tie_word_embeddings", False) and f"{modules.embeddings}.weight" in checkpoint.tensors
-    skipped = f"{modules.head}.weight" if tied else ""
+    skipped = f"{modules.head}.weight" if _is_tied(checkpoint, modules) else ""
     total = 0
     for name, info in checkpoint.tensors.items():
         if name != skipped and info.dtype in _FLOATS:

@@ -7,27 +7,31 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.artefact import (
+    RECORD,
     Record,
     RunLock,
     check_output,
     commit,
     fingerprint,
+    keep_foreign,
     make_writable,
     now,
     publish,
     read_record,
+    sha256,
     versions,
     work_folder,
     write_text,
     writing,
 )
-from compress.errors import OutputError
+from compress.errors import DscompressError, OutputError
 from compress.machine import machine
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint, read_part
@@ -80,8 +84,23 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
     if work == output or output in work.parents:
         raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
     make_writable(output.parent)
-    with RunLock(work), writing(work):
+    with RunLock(work), writing(work), _fitting():
         return _Run(recipe, options, reporter, output, work).run()
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Turn running out of memory into one line; torch says it as a RuntimeError, by its words on a CPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in words and "can't allocate memory" not in words:
+            raise
+        raise DscompressError(
+            f"out of memory ({words.splitlines()[0] if words else 'MemoryError'}); use fewer or shorter calibration "
+            "sequences (--set calibration.samples=32) or a device with more, then run again to continue"
+        ) from error
 
 
 class _Run:
@@ -178,11 +197,12 @@ class _Run:
             return Checkpoint(final), key, record.stage.model_copy(update={"cached": True})
         stage = quantize(spec, parent, part, context)
         logits = _logits(part / PROBE)
+        files = {file.name: sha256(file) for file in sorted((part / "checkpoint").iterdir())}
         record = Record(
             fingerprint=key, parent=parent_id, base=base_id, stage=stage, created=now(), versions=versions(),
-            probe=probe_of(logits, context.probe[0], context.dtype),
+            probe=probe_of(logits, context.probe[0], context.dtype), files=files,
         )  # fmt: skip
-        write_text(part / "checkpoint" / "dscompress.json", record.model_dump_json(indent=2) + "\n")
+        write_text(part / "checkpoint" / RECORD, record.model_dump_json(indent=2) + "\n")
         (part / PROBE).replace(probe)
         commit(part / "checkpoint", final)
         shutil.rmtree(part, ignore_errors=True)
@@ -278,7 +298,7 @@ class _Run:
         return schema.Compressed(
             path=str(self.output), bytes=result.bytes, parameters=parameters, format=spec.format,
             bits_per_weight=8 * result.bytes / parameters,
-            quantized_bits_per_weight=8 * sum(quantized_bytes(m) for m in matrices) / weights,
+            quantized_bits_per_weight=8 * sum(quantized_bytes(m, spec.format) for m in matrices) / weights,
         )  # fmt: skip
 
     def _publish(self, artefact: Path, report: schema.Report) -> None:
@@ -292,6 +312,7 @@ class _Run:
             write_report(report, partial)
             write_model_card(report, partial)
             check_output(self.output)
+            keep_foreign(self.output, partial)
             commit(partial, self.output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well

@@ -294,8 +294,9 @@ def damaged(folder: Path, to: Path, name: str, tensor: Tensor | None) -> Path:
 def test_damaged_weights_get_one_line(
     folder: Path, tmp_path: Path, name: str, tensor: Tensor | None, message: str
 ) -> None:
-    stream = open_stream(damaged(folder, tmp_path / "damaged", name, tensor))
+    copied = damaged(folder, tmp_path / "damaged", name, tensor)
     with pytest.raises(ModelError, match=message) as caught:
+        stream = open_stream(copied)
         run_all(stream, stream.start(random_tokens(1, 4)))
     assert "\n" not in str(caught.value)
 

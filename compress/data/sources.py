@@ -9,7 +9,6 @@ files (a hub dataset or one file is what a report can name and a checksum can pi
 
 import difflib
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -19,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from compress.artefact import sha256
 from compress.errors import CalibrationError
 from compress.recipe import LOCAL_SUFFIXES, CalibrationSpec, is_local_source
 
@@ -94,13 +94,11 @@ def _check_file(path: Path) -> str:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with _reading(path), path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    with _reading(path):
+        found = sha256(path)
+    if found != expected:
         raise CalibrationError(
-            f"{path}: sha256 is {digest.hexdigest()} and should be {expected}; "
+            f"{path}: sha256 is {found} and should be {expected}; "
             "get the original file again, or correct sha256 if the change is meant"
         )
 

@@ -15,7 +15,7 @@ from compress.errors import ModelError
 from compress.export import compressed_tensors, gptq
 from compress.quant.grid import Grid
 
-_COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -50,7 +50,7 @@ class DenseView:
         packed, parts, describe, self._dequantize = _READERS.get(method, _READERS[None])
         if method not in _READERS or (config.get("format") not in _FORMATS):
             raise ModelError(
-                f"{self.folder}: quantized as {method} {config.get('format', '')}, which can't be read here; "
+                f"{self.folder}: quantized as {method}, format {config.get('format')}, which can't be read here; "
                 "readable are compressed-tensors pack-quantized and gptq"
             )
         if method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq":
@@ -64,9 +64,11 @@ class DenseView:
         for name, info in checkpoint.tensors.items():
             module, _, last = name.rpartition(".")
             if packed and last == packed:
-                self.grids[module] = describe(
-                    {p: checkpoint.tensors.get(f"{module}.{p}") for p in parts}, shapes.get(module, ())
-                )
+                infos = {part: checkpoint.tensors.get(f"{module}.{part}") for part in parts}
+                try:
+                    self.grids[module] = describe(infos, shapes.get(module, ()))
+                except ModelError as error:
+                    raise ModelError(f"{self.folder}: {module} {error}") from None
                 self.tensors[f"{module}.weight"] = info
             elif not name.endswith(ends) or not parts:
                 self.tensors[name] = info
@@ -92,10 +94,19 @@ class DenseView:
 
 
 def _describe_compressed(infos: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    columns, groups = shape[1], infos["weight_scale"].shape[1]
-    bits = infos["weight_packed"].shape[1] * 32 // columns
+    packed, scale = infos["weight_packed"], infos["weight_scale"]
+    if infos["weight_g_idx"] is not None:
+        raise ModelError("stores an activation order (weight_g_idx), which can't be read here")
+    if scale is None or not shape:
+        raise ModelError(f"has no {'weight_shape' if scale is not None else 'weight_scale'}; get the files again")
+    (rows, columns), groups = shape, scale.shape[1]
+    bits = packed.shape[1] * 32 // columns
+    if packed.shape != (rows, -(-columns * bits // 32)):
+        raise ModelError(f"weight_packed of shape {list(packed.shape)} does not hold [{rows}, {columns}] without gaps")
+    if scale.shape[0] != rows or columns % groups:
+        raise ModelError(f"weight_scale of shape {list(scale.shape)} does not fit [{rows}, {columns}]")
     size = -1 if groups == 1 else columns // groups
-    return Grid(bits, size, infos["weight_zero_point"] is None, _DTYPES[infos["weight_scale"].dtype])
+    return Grid(bits, size, infos["weight_zero_point"] is None, _DTYPES[scale.dtype])
 
 
 def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:

@@ -110,6 +110,7 @@ class LayerStream:
         self.device, self.dtype, self.source = device, dtype, source
         self.model, self.arch = _skeleton(source.folder, dtype, trust_remote_code)
         self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)
+        _check_present([name for name, _ in self.model.named_parameters() if name not in source.tensors])
         self.replaced: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -161,20 +162,9 @@ class LayerStream:
         Raises:
             ModelError: a tensor of another shape, or one that the layer needs and the checkpoint lacks.
         """
-        layer = self.layers[index]
-        prefix = self.prefix(index)
-        wanted = layer.state_dict()
-        for name, tensor in tensors.items():
-            local = name.removeprefix(prefix)
-            if local in wanted and wanted[local].shape != tensor.shape:
-                raise ModelError(
-                    f"{name} has shape {list(tensor.shape)}, the config says {list(wanted[local].shape)}; "
-                    "config.json and weights do not belong together"
-                )
-        _assign(layer, {n.removeprefix(prefix): t for n, t in tensors.items()}, self.device, self.dtype)
-        missing = [prefix + name for name, tensor in layer.state_dict().items() if tensor.is_meta]
-        if missing:
-            raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}; config.json and weights do not match")
+        layer, prefix = self.layers[index], self.prefix(index)
+        _assign(layer, {n.removeprefix(prefix): t for n, t in tensors.items()}, self.device, self.dtype, prefix)
+        _check_present([prefix + name for name, tensor in layer.state_dict().items() if tensor.is_meta])
         return layer
 
     def empty_layer(self, index: int) -> None:
@@ -253,13 +243,17 @@ class LayerStream:
 
             return hook
 
+        paths_differ = ModelError(
+            f"batches take different paths through {self.prefix(index)[:-1]}; it is no dense layer"
+        )
         handles = [layer.get_submodule(group[0]).register_forward_pre_hook(stop(group)) for group in groups]
 
         def arrivals(group: tuple[str, ...]) -> Iterator[Tensor]:
             for each in fibres:
-                reached, inputs = each.switch()
-                assert reached == group, f"batches take different paths through {self.prefix(index)}"
-                yield inputs
+                arrived = each.switch()
+                if each.dead or arrived[0] != group:
+                    raise paths_differ
+                yield arrived[1]
 
         try:
             for group in groups:
@@ -269,6 +263,8 @@ class LayerStream:
                     pass
             for each in fibres:
                 each.switch()
+                if not each.dead:
+                    raise paths_differ
         finally:
             for handle in handles:
                 handle.remove()
@@ -337,9 +333,7 @@ class _Outer:
             if name.startswith(stream.arch.embeddings):
                 stream.model.tie_weights()
         layers = {id(p) for p in stream.layers.parameters()}
-        missing = [n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers]
-        if missing:
-            raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}; config.json and weights do not match")
+        _check_present([n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers])
 
     def __exit__(self, *_: object) -> None:
         for name, parameter in list(self.stream.model.named_parameters()):
@@ -367,14 +361,27 @@ def _skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tupl
     return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
 
 
-def _assign(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def _check_present(missing: Sequence[str]) -> None:
+    if missing:
+        raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}; config.json and weights do not match")
+
+
+def _assign(
+    module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, prefix: str = ""
+) -> None:
     """Set parameters and buffers by name, floats cast to `dtype`; names that the module lacks are passed over."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        if name in own:
-            moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
-            is_parameter = isinstance(own[name], nn.Parameter)
-            _set(module, name, nn.Parameter(moved, requires_grad=False) if is_parameter else moved)
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            raise ModelError(
+                f"{prefix}{name} has shape {list(tensor.shape)}, the config says {list(own[name].shape)}; "
+                "config.json and weights do not belong together"
+            )
+        moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        is_parameter = isinstance(own[name], nn.Parameter)
+        _set(module, name, nn.Parameter(moved, requires_grad=False) if is_parameter else moved)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

@@ -103,6 +103,7 @@ class _Quantization:
         self.resumed = sum(part.exists() for part in parts)
         if self.resumed:
             self.context.reporter.say(f"continuing behind {self.resumed} finished layers")
+        _check_finite(self.parent.load(self._outer_names()))
         layers = self._layers(parts)
         self._finish([self.output / _OUTER, *parts])
         fallbacks = sum(1 for layer in layers for module in layer.modules if module.fallback)
@@ -202,8 +203,8 @@ class _Quantization:
             )
 
         if activations is None:
-            names = [name for name in self.matrices if name.startswith(prefix)]
-            visit(tuple(name.removeprefix(prefix) for name in names), iter(()))
+            for name in (name for name in self.matrices if name.startswith(prefix)):
+                visit((name.removeprefix(prefix),), iter(()))
         else:
             stream.run_layer(index, activations, visit)
         missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
@@ -259,6 +260,10 @@ class _Quantization:
         quantized, loss = gptq(weight, factor, grid, clip)
         return quantized, loss, factor.damp, None
 
+    def _outer_names(self) -> list[str]:
+        """Names of the tensors outside the decoder layers."""
+        return [name for name in self.parent.tensors if not name.startswith(self.modules.layers + ".")]
+
     def _embed(self) -> dict[str, _Solved]:
         """Quantize the token embeddings where the spec asks, before anything is computed from them."""
         name = self.modules.embeddings
@@ -288,9 +293,7 @@ class _Quantization:
     ) -> list[schema.Layer]:
         """Write embeddings, norm and head, and what the finished model says to the probe."""
         started = time.monotonic()
-        inside = self.modules.layers + "."
-        raw = self.parent.load([name for name in self.parent.tensors if not name.startswith(inside)])
-        _check_finite(raw)
+        raw = self.parent.load(self._outer_names())
         solved |= self._head(raw, activations)
         if self.parent.config.get("tie_word_embeddings") and f"{self.modules.embeddings}.weight" in raw:
             raw.pop(f"{self.modules.head}.weight", None)  # stored once

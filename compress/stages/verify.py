@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.artefact import Probe, read_record
+from compress.artefact import Probe, Record, read_record, sha256
 from compress.evaluate.stock import Request, ask
 from compress.export.dense import DenseView
 from compress.memory import available
@@ -123,9 +123,8 @@ def verify_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype, tr
         ModelError: the folder is damaged.
     """
     checkpoint = Checkpoint(folder)
-    size = f"{len(checkpoint.tensors)} tensors in {len(checkpoint.files)} files, {checkpoint.bytes:,} bytes"
-    checks = [Check("files", True, size)]
     record = read_record(folder)
+    checks = [_files(checkpoint, record)]
     tokens = torch.tensor(record.probe.tokens) if record else probe_tokens(folder, trust_remote_code)
     own = own_logits(checkpoint, tokens, device, dtype, trust_remote_code)
     if record is None:
@@ -141,6 +140,18 @@ def verify_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype, tr
     if answer.logits is None:
         return [*checks, Check("stock loader", False, answer.failure or "gave no logits")]
     return [*checks, _compared("stock loader", answer.logits, own, dtype, STOCK)]
+
+
+def _files(checkpoint: Checkpoint, record: Record | None) -> Check:
+    """Whether the files are whole, and the bytes that were written."""
+    size = f"{len(checkpoint.tensors)} tensors in {len(checkpoint.files)} files, {checkpoint.bytes:,} bytes"
+    if record is None:
+        return Check("files", True, size)
+    there = {name: checkpoint.folder / name for name in record.files}
+    changed = [name for name, file in there.items() if not file.is_file() or sha256(file) != record.files[name]]
+    if changed:
+        return Check("files", False, f"changed since they were written: {', '.join(changed)}")
+    return Check("files", True, f"{size}, all as they were written (SHA-256)")
 
 
 def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader: str) -> Check:
