@@ -267,7 +267,7 @@ def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
 
 
 def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
-    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which they are)."""
+    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
     rows, columns = matrix.shape
     scales = rows * matrix.groups
     if format == "gptq":

@@ -251,7 +251,8 @@ CASES = [
     Case(
         "inspect an unknown quantization",
         unknown_quantization,
-        "model: quantized as awq, format None, which can't be read here; readable are compressed-tensors pack-quantized and gptq",
+        "model: quantized as awq, format None, which can't be read here; "
+        "readable are compressed-tensors pack-quantized and gptq",
     ),
     Case(
         "eval with two vocabularies",

@@ -4,12 +4,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from random_models import load_stock, make_model, random_tokens
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
@@ -166,7 +168,10 @@ def check_logits(work: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     own = verify.own_logits(Checkpoint(work / "checkpoint"), context().probe[0], CPU, dtype, False)
     assert torch.equal(own, computed) and float(own.std()) > 0.1
     config = json.loads((work / "checkpoint" / "config.json").read_text())["quantization_config"]
-    if config["quant_method"] == "compressed-tensors":  # the other one opens with packages that tests do without
+    opened = config["quant_method"] == "compressed-tensors"  # the other one opens with packages that tests do without
+    if Version(metadata.version("transformers")) < Version("5.23"):
+        opened &= not any("embed_tokens.weight_packed" in name for name in Checkpoint(work / "checkpoint").tensors)
+    if opened:
         assert torch.equal(opens(work / "checkpoint", dtype)(context().probe).logits[0].float(), computed)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.errors import ModelError, NumericalError
-from compress.model.arch import Arch, find_arch
+from compress.model.skeleton import assign, check_present, set_tensor, skeleton
 
 TOKENS_PER_BATCH = 2048
 Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
@@ -98,6 +98,7 @@ class LayerStream:
         trust_remote_code: as in transformers.
 
     Attributes:
+        head: name of the output head's module; some families store it under another one (gpt_neox: embed_out).
         replaced: weights outside the layers that are used instead of the source's, by full name.
 
     Raises:
@@ -108,9 +109,12 @@ class LayerStream:
         self, source: Source, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         self.device, self.dtype, self.source = device, dtype, source
-        self.model, self.arch = _skeleton(source.folder, dtype, trust_remote_code)
+        self.model, self.arch = skeleton(source.folder, dtype, trust_remote_code)
         self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)
-        _check_present([name for name, _ in self.model.named_parameters() if name not in source.tensors])
+        heads = {id(self.model.get_output_embeddings())}
+        self.head = next((n for n, m in self.model.named_modules() if id(m) in heads), self.arch.head)
+        held = {self.module_name(name) for name in source.tensors}
+        check_present([name for name, _ in self.model.named_parameters() if name not in held])
         self.replaced: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -123,6 +127,11 @@ class LayerStream:
     def prefix(self, index: int) -> str:
         """Where the tensors of a layer lie in the checkpoint: "model.layers.3."."""
         return f"{self.arch.layers}.{index}."
+
+    def module_name(self, stored: str) -> str:
+        """A module's or tensor's name in the model, from its name in the checkpoint."""
+        rest = stored.removeprefix(self.arch.head)
+        return self.head + rest if rest != stored and rest[:1] in ("", ".") else stored
 
     def start(self, tokens: Tensor, batch: int | None = None) -> Activations:
         """Embed tokens [N, S]: the activations in front of layer 0, in batches of `batch` sequences."""
@@ -163,8 +172,8 @@ class LayerStream:
             ModelError: a tensor of another shape, or one that the layer needs and the checkpoint lacks.
         """
         layer, prefix = self.layers[index], self.prefix(index)
-        _assign(layer, {n.removeprefix(prefix): t for n, t in tensors.items()}, self.device, self.dtype, prefix)
-        _check_present([prefix + name for name, tensor in layer.state_dict().items() if tensor.is_meta])
+        assign(layer, {n.removeprefix(prefix): t for n, t in tensors.items()}, self.device, self.dtype, prefix)
+        check_present([prefix + name for name, tensor in layer.state_dict().items() if tensor.is_meta])
         return layer
 
     def empty_layer(self, index: int) -> None:
@@ -272,7 +281,7 @@ class LayerStream:
     def head_inputs(self, hidden: Tensor) -> Tensor:
         """What the output head gets for the last layer's `hidden` [B, S, D]."""
         caught: list[Tensor] = []
-        head = self.model.get_submodule(self.arch.head)
+        head = self.model.get_submodule(self.head)
 
         def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             caught.append(inputs[0])
@@ -326,67 +335,23 @@ class _Outer:
         stream = self.stream
         inside = stream.arch.layers + "."
         outside = [name for name in stream.source.tensors if not name.startswith(inside)]
-        _assign(stream.model, stream.source.load(outside, stream.device), stream.device, stream.dtype)
+        loaded = stream.source.load(outside, stream.device)
+        named = {stream.module_name(name): tensor for name, tensor in loaded.items()}
+        assign(stream.model, named, stream.device, stream.dtype)
         stream.model.tie_weights()
         for name, weight in stream.replaced.items():
-            _set(stream.model, name, nn.Parameter(weight, requires_grad=False))
+            set_tensor(stream.model, stream.module_name(name), nn.Parameter(weight, requires_grad=False))
             if name.startswith(stream.arch.embeddings):
                 stream.model.tie_weights()
         layers = {id(p) for p in stream.layers.parameters()}
-        _check_present([n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers])
+        check_present([n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers])
 
     def __exit__(self, *_: object) -> None:
         for name, parameter in list(self.stream.model.named_parameters()):
             if not parameter.is_meta:
-                _set(self.stream.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                set_tensor(self.stream.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self.stream.model.tie_weights()
         gc.collect()
-
-
-def _skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Arch]:
-    """The model with parameters on the meta device and buffers in place, and where its parts are."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
-    model.tie_weights()
-    return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
-
-
-def _check_present(missing: Sequence[str]) -> None:
-    if missing:
-        raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}; config.json and weights do not match")
-
-
-def _assign(
-    module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, prefix: str = ""
-) -> None:
-    """Set parameters and buffers by name, floats cast to `dtype`; names that the module lacks are passed over."""
-    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors.items():
-        if name not in own:
-            continue
-        if tensor.shape != own[name].shape:
-            raise ModelError(
-                f"{prefix}{name} has shape {list(tensor.shape)}, the config says {list(own[name].shape)}; "
-                "config.json and weights do not belong together"
-            )
-        moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        is_parameter = isinstance(own[name], nn.Parameter)
-        _set(module, name, nn.Parameter(moved, requires_grad=False) if is_parameter else moved)
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, value)
 
 
 def _to_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:

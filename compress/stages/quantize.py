@@ -314,9 +314,10 @@ class _Quantization:
             if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
                 shutil.copyfile(file, folder / file.name)
         unquantized = [name for name in self.modules.linears if name not in self.matrices]
-        unquantized += [self.modules.head] if self.modules.head not in self.matrices else []
+        unquantized += [self.stream.head] if self.modules.head not in self.matrices else []
         config: dict[str, Any] = dict(self.parent.config)
-        config["quantization_config"] = self.format.config(self.grids, unquantized, self._embeddings())
+        grids = {self.stream.module_name(name): grid for name, grid in self.grids.items()}
+        config["quantization_config"] = self.format.config(grids, unquantized, self._embeddings())
         if self.modules.head in self.matrices:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
