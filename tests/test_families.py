@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     # without a row
     "cohere": {},
+    "falcon": {"head_dim": None, "alibi": False, "new_decoder_architecture": False},
     "granite": {},
     "olmo2": {},
     "phi": {},
@@ -52,6 +53,9 @@ GROUPS = {
     ],
     "opt": [ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)],
     "cohere": [(*ATTENTION, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)],
+    "falcon": [
+        ("self_attention.query_key_value", "mlp.dense_h_to_4h"), ("self_attention.dense",), ("mlp.dense_4h_to_h",)
+    ],
     "phi": [(*ATTENTION, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)],
     "starcoder2": [ATTENTION, ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
 }  # fmt: skip
@@ -77,7 +81,8 @@ def test_family(family: str, tie: bool, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
     with torch.no_grad():
         check_stream(folder, GROUPS.get(family, LLAMA))
-        check_quantized(folder, tmp_path / "work", family, tie)
+        if family != "falcon":  # whose linears read their weight themselves: compressed-tensors can't take its place
+            check_quantized(folder, tmp_path / "work", family, tie)
 
 
 def check_stream(folder: Path, groups: list[tuple[str, ...]]) -> None:

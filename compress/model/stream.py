@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_map
 
 from compress.errors import ModelError, NumericalError
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
+from compress.model.stand_in import Reached, StandIn
 
 TOKENS_PER_BATCH = 2048
 Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
@@ -64,28 +66,6 @@ class Source(Protocol):
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Those tensors, in any float dtype."""
-
-
-class _Reached(Exception):
-    """Raised by a stand-in to end a forward pass early."""
-
-
-class _StandIn(nn.Module):
-    """Takes a decoder layer's place: records its keyword arguments and hands on `answer`, or its input."""
-
-    def __init__(self, last: bool) -> None:
-        super().__init__()
-        self.last = last
-        self.seen: tuple[Tensor, dict[str, Any]] | None = None
-        self.answer: Tensor | None = None
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        if self.answer is not None:
-            return self.answer
-        self.seen = (hidden, arguments)
-        if self.last:
-            raise _Reached
-        return hidden
 
 
 class LayerStream:
@@ -140,8 +120,8 @@ class LayerStream:
         arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         with self.outer():
             for part in tokens.split(batch):
-                stand_ins = [_StandIn(i == self.depth - 1) for i in range(self.depth)]
-                with suppress(_Reached):
+                stand_ins = self._stand_ins(last=self.depth - 1)
+                with suppress(Reached):
                     self._forward_through(stand_ins, input_ids=part.to(self.device))
                 seen = [stand_in.seen for stand_in in stand_ins]
                 if any(s is None for s in seen):
@@ -285,11 +265,11 @@ class LayerStream:
 
         def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             caught.append(inputs[0])
-            raise _Reached
+            raise Reached
 
         handle = head.register_forward_pre_hook(catch)
         try:
-            with suppress(_Reached):
+            with suppress(Reached):
                 self.logits(hidden)
         finally:
             handle.remove()
@@ -302,12 +282,25 @@ class LayerStream:
             hidden: [B, S, D].
             keep: only this many last positions; 0 is all.
         """
-        stand_ins = [_StandIn(False) for _ in range(self.depth)]
+        stand_ins = self._stand_ins(last=None)
         stand_ins[-1].answer = hidden
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         return self._forward_through(stand_ins, input_ids=tokens, logits_to_keep=keep).logits  # type: ignore[no-any-return]
 
-    def _forward_through(self, stand_ins: Sequence[_StandIn], **inputs: Any) -> Any:
+    def _stand_ins(self, last: int | None) -> list[StandIn]:
+        return [StandIn(layer, self._in_tuples, index == last) for index, layer in enumerate(self.layers)]
+
+    @cached_property
+    def _in_tuples(self) -> bool:
+        """Whether layers put out tuples: the first one is run on the meta device. Inside `outer()` only."""
+        stand_in = StandIn(self.layers[0], False, True)
+        with suppress(Reached):
+            tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+            self._forward_through([stand_in] * self.depth, input_ids=tokens)
+        hidden, arguments = _to_device(stand_in.seen, "meta")
+        return isinstance(copy.deepcopy(self.layers[0]).to("meta")(hidden, **arguments), tuple)
+
+    def _forward_through(self, stand_ins: Sequence[StandIn], **inputs: Any) -> Any:
         parent, _, name = self.arch.layers.rpartition(".")
         owner = self.model.get_submodule(parent)
         setattr(owner, name, nn.ModuleList(stand_ins))
@@ -354,6 +347,5 @@ class _Outer:
         gc.collect()
 
 
-def _to_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
-    moved: dict[str, Any] = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, arguments)
-    return moved
+def _to_device(arguments: Any, device: str) -> Any:
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, arguments)
