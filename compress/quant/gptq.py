@@ -117,8 +117,7 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quanti
         inside = factor.feedback[group, group]
         # where the errors so far have moved the group's weights, were the rest of it not rounded
         moved = torch.linalg.solve_triangular(inside.t(), target - work[group], upper=False, unitriangular=True)
-        moved = moved.contiguous().add_(work[group])  # the triangular solver hands back column-major memory
-        scale, zero = group_scales(moved.t(), importance(factor.pivot[group], clip), grid)
+        scale, zero = group_scales(moved.add_(work[group]).t(), importance(factor.pivot[group], clip), grid)
         _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group])
         missed = torch.addcmul(target, levels[group], scale, value=-1)
         loss += factor.pivot[group] @ missed.square_()

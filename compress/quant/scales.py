@@ -35,6 +35,7 @@ def group_scales(weight: Tensor, importance: Tensor | None, grid: Grid) -> tuple
     """
     if importance is None:
         return _full_range(weight, grid)
+    weight = weight.t().contiguous().t()  # one layout for every caller: sums in one order, so that ties fall alike
     search = _search_symmetric if grid.symmetric else _search_asymmetric
     rows = max(1, (_ELEMENTS_AT_ONCE if weight.device.type == "cpu" else 1 << 26) // weight.shape[1])
     parts = [search(part, importance, grid) for part in weight.split(rows)]
