@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -295,14 +294,8 @@ def _print_table(rows: list[Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    heads: list[tuple[str, Callable[..., Any] | None]] = [
-        ("", None),
-        ("base", None),
-        ("compressed", None),
-        ("change", None),
-    ]
-    for head, _ in heads:
-        table.add_column(head, justify="left" if not head else "right")
+    for head in ("", "base", "compressed", "change"):
+        table.add_column(head, justify="right" if head else "left")
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
     Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)

@@ -3,6 +3,7 @@
 All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -288,8 +289,5 @@ def parameter_count(checkpoint: Checkpoint) -> int:
     total = 0
     for name, info in checkpoint.tensors.items():
         if name != skipped and info.dtype in _FLOATS:
-            size = 1
-            for extent in info.shape:
-                size *= extent
-            total += size
+            total += math.prod(info.shape)
     return total

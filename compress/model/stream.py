@@ -165,7 +165,9 @@ class LayerStream:
 
         Found by running the layer once on the meta device and comparing the inputs by identity.
         """
-        layer = copy.deepcopy(self.layers[index]).to("meta")
+        filled = self.layers[index]
+        without = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in filled.parameters()}
+        layer = copy.deepcopy(filled, without).to("meta")  # copies no weights: they are taken as copied already
         hidden = activations.hidden[0]
         seen: list[tuple[Tensor, list[str]]] = []
 

@@ -4,6 +4,7 @@ Three witnesses, where they apply: the logits that the finished model gave in me
 checkpoint), the stock transformers loader, and our reader of the packed tensors, streamed layer by layer.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from compress.export.dense import DenseView
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint
 from compress.model.stream import LayerStream
+from compress.quant.grid import Grid
 from compress.report.schema import Verified
 
 STOCK = "transformers AutoModelForCausalLM.from_pretrained"
@@ -84,11 +86,8 @@ def _stock_refusal(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     return None
 
 
-def _elements(shape: tuple[int, ...], grid: object | None) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size if grid is None else size * 32 // grid.bits  # type: ignore[attr-defined]
+def _elements(shape: tuple[int, ...], grid: Grid | None) -> int:
+    return math.prod(shape) if grid is None else math.prod(shape) * 32 // grid.bits
 
 
 @torch.no_grad()
