@@ -51,8 +51,8 @@ def _attention(
     at_once = max(1, _BYTES_AT_ONCE // (heads * rows.numel() * length * 4))
     for start in range(0, batch, at_once):
         part = slice(start, start + at_once)
-        keys = key[part].repeat_interleave(heads // kv_heads, 1).float()
-        scores = (query[part][:, :, rows].float() @ keys.transpose(2, 3)).mul_(scale)
+        queries = query[part][:, :, rows].view(-1, kv_heads, heads // kv_heads * rows.numel(), width)
+        scores = (queries @ key[part].transpose(2, 3)).view(-1, heads, rows.numel(), length).float().mul_(scale)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:

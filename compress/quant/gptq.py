@@ -17,16 +17,19 @@ Everything here takes tensors and returns tensors. Shapes: O output rows, I inpu
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.parallel import one_thread
 from compress.quant.grid import Grid, Quantized, quantize
 from compress.quant.scales import Clip, group_scales
 
 _INNER = 16  # columns between two matrix products inside a block: rank-1 updates touch only these
+_ROWS_WORTH_THREADS = 8192  # in the column loop's products; with fewer, threads wait longer for each other than they work
 _DAMP_RETRIES = 6  # each ten times the damping before
 
 
@@ -118,7 +121,8 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quanti
         # where the errors so far have moved the group's weights, were the rest of it not rounded
         moved = torch.linalg.solve_triangular(inside.t(), target - work[group], upper=False, unitriangular=True)
         scale, zero = group_scales(moved.add_(work[group]).t(), importance(factor.pivot[group], clip), grid)
-        _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group])
+        with one_thread() if rows < _ROWS_WORTH_THREADS else nullcontext():
+            _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group])
         missed = torch.addcmul(target, levels[group], scale, value=-1)
         loss += factor.pivot[group] @ missed.square_()
         levels[group].add_(zero)

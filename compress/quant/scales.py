@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.parallel import on_cores
 from compress.quant.grid import Grid, store_scale
 
 Clip = Literal["none", "mse", "hessian"]
 
-_ELEMENTS_AT_ONCE = 1 << 18  # keeps the search's temporaries inside a core's cache; on a GPU a launch is larger
+_ELEMENTS_AT_ONCE = 1 << 15  # of a search on the CPU: keeps its temporaries inside a core's cache
 _SHRINK = {2: 0.45, 3: 0.55, 4: 0.70, 8: 0.90}  # the tightest range tried, as a share of the extreme weight
 _STEPS = 7  # more find no better scales than noise, once each is fitted to its codes
 
@@ -37,9 +38,11 @@ def group_scales(weight: Tensor, importance: Tensor | None, grid: Grid) -> tuple
         return _full_range(weight, grid)
     weight = weight.t().contiguous().t()  # one layout for every caller: sums in one order, so that ties fall alike
     search = _search_symmetric if grid.symmetric else _search_asymmetric
-    rows = max(1, (_ELEMENTS_AT_ONCE if weight.device.type == "cpu" else 1 << 26) // weight.shape[1])
-    parts = [search(part, importance, grid) for part in weight.split(rows)]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if weight.device.type != "cpu":
+        return search(weight, importance, grid)
+    parts = -(-weight.numel() // _ELEMENTS_AT_ONCE)
+    found = on_cores(lambda part: search(part, importance, grid), weight.chunk(parts))
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
 def _full_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -67,24 +70,20 @@ def _search_symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     full = _full_range(weight, grid)[0]
     low, high = -grid.middle, grid.middle - 1
     extreme = columns.abs().amax(0).clamp_(min=torch.finfo(torch.float32).tiny) / grid.middle
-    shares = torch.linspace(grid.middle / max(high, 0.75), _SHRINK[grid.bits], _STEPS).tolist()
-    weighted = columns * importance[:, None]
-    best, scale = torch.full_like(full, -1.0), full
-    codes, product = torch.empty_like(columns), torch.empty_like(columns)
-    for tried in (full, *(extreme * (sign * share) for share in shares for sign in (1, -1))):
-        torch.div(columns, tried, out=codes).round_().clamp_(low, high)
-        cross = torch.mul(weighted, codes, out=product).sum(0)
-        square = importance @ codes.square_()
-        gain = cross * cross / square.clamp(min=1e-30)  # loss = sum(h w^2) - gain once the scale is fitted to the codes
-        better = gain > best
-        best = torch.where(better, gain, best)
-        scale = torch.where(better & (square > 1e-30), cross / square, scale)
-    found = store_scale(scale, grid)  # which moves it: by half a step at the largest codes of 8 bits
+    shares = torch.linspace(grid.middle / max(high, 0.75), _SHRINK[grid.bits], _STEPS, device=weight.device)
+    tried_KR = torch.cat([full[None], (extreme * torch.stack([shares, -shares], 1).flatten()[:, None])])
+    codes_KgR = (columns / tried_KR[:, None]).round_().clamp_(low, high)
+    cross_KR = (columns * importance[:, None] * codes_KgR).sum(1)
+    square_KR = importance @ codes_KgR.square_()
+    gain = cross_KR * cross_KR / square_KR.clamp(min=1e-30)  # sum(h w^2) - gain is the loss with the scale fitted
+    best = gain.argmax(0, keepdim=True)  # the first of equals
+    cross, square = cross_KR.gather(0, best)[0], square_KR.gather(0, best)[0]
+    found = store_scale(torch.where(square > 1e-30, cross / square, full), grid)  # which moves it
     losses = []
     for stored in (found, full):
-        torch.div(columns, stored, out=codes).round_().clamp_(low, high)
-        losses.append(importance @ torch.addcmul(columns, codes, stored, value=-1, out=product).square_())
-    return torch.where(losses[0] <= losses[1], found, full), torch.full_like(scale, grid.middle)
+        codes = (columns / stored).round_().clamp_(low, high)
+        losses.append(importance @ torch.addcmul(columns, codes, stored, value=-1).square_())
+    return torch.where(losses[0] <= losses[1], found, full), torch.full_like(full, grid.middle)
 
 
 def _search_asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
