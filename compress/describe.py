@@ -24,7 +24,7 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     for number, stage in enumerate(recipe.stages):
         matrices = plan_matrices(stage, base, f"stages.{number}")
         plan = estimate(stage, matrices, base, text.samples, text.sequence_length)
-        kinds = ", ".join(sorted({f"{m.bits} bits g{m.group_size}" for m in matrices}))
+        kinds = ", ".join(sorted({m.kind for m in matrices}))
         free = shutil.disk_usage(_existing(work)).free
         lines += [
             f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",

@@ -44,8 +44,13 @@ def _high_water_mark() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def available(device: "torch.device") -> int:
-    """Bytes that can still be allocated: free on the GPU, or in this machine and its memory limit."""
+def available(device: "torch.device", limit: int | None = None) -> int:
+    """Bytes that can still be allocated: free on the GPU, or in this machine and its memory limit, `limit` at most."""
+    free = _free(device)
+    return free if limit is None else min(free, limit)
+
+
+def _free(device: "torch.device") -> int:
     if device.type == "cuda":
         import torch
 

@@ -16,12 +16,14 @@ from compress.errors import ModelError, RecipeError
 from compress.model.arch import FAMILIES, check_supported
 from compress.model.checkpoint import Checkpoint, TensorInfo
 from compress.recipe import CalibrationSpec, GroupSize, QuantizeStage, Recipe
+from compress.recipe_eight_bit import EightBitStage
 from compress.recipe_messages import did_you_mean
 from compress.recipe_yaml import load_calibration_spec
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 _HEADER_BYTES = 120  # that a tensor takes in a file's header, about
 _FLOATS = ("BF16", "F16", "F32")
+_BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
 def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
@@ -36,7 +38,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     _check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")
-    if any(stage.method == "gptq" for stage in recipe.stages):
+    if any(stage.calibrates for stage in recipe.stages):
         check_length(checkpoint, calibration_of(recipe).sequence_length, "calibration.sequence_length")
     if recipe.evaluate is not None:
         check_length(checkpoint, recipe.evaluate.sequence_length, "evaluate.sequence_length")
@@ -99,6 +101,9 @@ class Matrix:
         bits: width of a code.
         group_size: columns that share a scale, -1 for the row.
         symmetric: zero point fixed in the middle.
+        rows: rows that share a scale beside the columns of a group; -1 means all of them.
+        dtype: of the codes: int, or fp8.
+        inputs: how its inputs are rounded: dynamic, static, auto (one of them, chosen by error); None: not at all.
     """
 
     name: str
@@ -106,11 +111,24 @@ class Matrix:
     bits: int
     group_size: int
     symmetric: bool
+    rows: int = 1
+    dtype: str = "int"
+    inputs: str | None = None
 
     @property
     def groups(self) -> int:
         """Scales in a row."""
         return 1 if self.group_size == -1 else self.shape[1] // self.group_size
+
+    @property
+    def kind(self) -> str:
+        """What it becomes, in a few words."""
+        return f"{self.dtype}8 {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
+
+    @property
+    def scales(self) -> int:
+        """Scales of its weights."""
+        return self.groups * (1 if self.rows == -1 else -(-self.shape[0] // self.rows))
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,7 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
     return Modules(layers, embeddings, head, linears)
 
 
-def plan_matrices(spec: QuantizeStage, checkpoint: Checkpoint, where: str) -> list[Matrix]:
+def plan_matrices(spec: QuantizeStage | EightBitStage, checkpoint: Checkpoint, where: str) -> list[Matrix]:
     """The matrices that a quantize stage will quantize.
 
     Args:
@@ -166,9 +184,9 @@ def plan_matrices(spec: QuantizeStage, checkpoint: Checkpoint, where: str) -> li
     shapes = dict(modules.linears)
     vocabulary = checkpoint.tensors.get(f"{modules.embeddings}.weight")
     head = checkpoint.tensors.get(f"{modules.head}.weight", vocabulary)
-    if spec.lm_head and head is not None:
+    if isinstance(spec, QuantizeStage) and spec.lm_head and head is not None:
         shapes[modules.head] = _two(head)
-    if spec.embeddings and vocabulary is not None:
+    if isinstance(spec, QuantizeStage) and spec.embeddings and vocabulary is not None:
         shapes[modules.embeddings] = _two(vocabulary)
     problems = _globs_without_match([*spec.ignore, *spec.overrides], shapes, where)
     kept = [name for name in shapes if not any(fnmatchcase(name, glob) for glob in spec.ignore)]
@@ -185,7 +203,13 @@ def _two(info: TensorInfo) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage) -> Matrix:
+def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage | EightBitStage) -> Matrix:
+    if isinstance(spec, EightBitStage):
+        method: str = spec.method
+        for glob, other in spec.overrides.items():
+            method = other.method if fnmatchcase(name, glob) else method
+        width, rows = {"channel": (-1, 1), "tensor": (-1, -1), "block": (_BLOCK, _BLOCK)}[spec.granularity]
+        return Matrix(name, shape, 8, width, True, rows, spec.dtype.removesuffix("8"), method)
     settings: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
     for glob, override in spec.overrides.items():
         if fnmatchcase(name, glob):
@@ -213,6 +237,12 @@ def _indivisible(matrices: Sequence[Matrix], where: str) -> list[str]:
     for (group_size, width), names in by_width.items():
         works = [str(size) for size in get_args(GroupSize) if size == -1 or width % size == 0]
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+        if matrices[0].rows != 1:
+            problems.append(
+                f"{where}.granularity: blocks of {group_size} do not divide the width {width} of {', '.join(kinds)} "
+                f"({len(names)} layers); use channel, or ignore them"
+            )
+            continue
         problems.append(
             f"{where}.group_size: {group_size} does not divide the width {width} of {', '.join(kinds)} "
             f"({len(names)} layers); use {' or '.join(works)}"
@@ -241,7 +271,11 @@ class Estimate:
 
 
 def estimate(
-    spec: QuantizeStage, matrices: Sequence[Matrix], checkpoint: Checkpoint, sequences: int, sequence_length: int
+    spec: QuantizeStage | EightBitStage,
+    matrices: Sequence[Matrix],
+    checkpoint: Checkpoint,
+    sequences: int,
+    sequence_length: int,
 ) -> Estimate:
     """Memory and disk of a quantize stage on this model with this much calibration text."""
     modules = find_modules(checkpoint)
@@ -270,7 +304,9 @@ def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
 def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
     """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
     rows, columns = matrix.shape
-    scales = rows * matrix.groups
+    scales = matrix.scales
+    if matrix.inputs is not None:
+        return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
     if format == "gptq":
         return (rows * columns + scales) * matrix.bits // 8 + 2 * scales + 4 * columns
     zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)

@@ -8,53 +8,25 @@ and diffed; `--set` and `dscompress sweep` are where values vary.
 """
 
 import re
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
     Tag,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from compress.recipe_eight_bit import EightBitStage
+from compress.recipe_types import DAMP, Closed, Count, Number, Text, without_overridden
+
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-_COUNT = r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?) ?([kKmMbB]?)"
-_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_LARGEST_COUNT = 10**18
-
-
-def parse_count(value: object) -> int:
-    """A whole number as people write it: 128, 1_000, 64k (64 000), 20M, 1.5B, 1e6.
-
-    Raises:
-        PydanticCustomError: `value` is not such a number (validation reports it with its line).
-    """
-    match = None if isinstance(value, bool) else re.fullmatch(_COUNT, str(value).strip())
-    if match:
-        number = Decimal(match[1].replace("_", "")) * _MULTIPLES[match[2].lower()]
-        if number == number.to_integral_value() and abs(number) <= _LARGEST_COUNT:
-            return int(number)
-    raise PydanticCustomError("count", "not a whole number")
-
-
-def _parse_number(value: object) -> object:
-    """Floats that YAML 1.1 reads as text (`1e-4` has no dot) become numbers; the rest is left to pydantic."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
 
 
 def _parse_switch(value: object) -> object:
@@ -62,13 +34,6 @@ def _parse_switch(value: object) -> object:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-Count: TypeAlias = Annotated[
-    int,
-    BeforeValidator(parse_count),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_COUNT}$"}]}),
-]
-Number: TypeAlias = Annotated[float, BeforeValidator(_parse_number)]
-Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Bits: TypeAlias = Literal[2, 3, 4, 8]
 GroupSize: TypeAlias = Literal[-1, 32, 64, 128]
 
@@ -78,11 +43,7 @@ def is_local_source(source: str) -> bool:
     return source.lower().removesuffix(".gz").endswith(LOCAL_SUFFIXES) or source.startswith((".", "/", "~"))
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class CalibrationSpec(_Closed):
+class CalibrationSpec(Closed):
     """Text that a model is run on, and how it is sampled: `samples` sequences of `sequence_length` tokens."""
 
     name: Text | None = Field(
@@ -126,7 +87,7 @@ class CalibrationSpec(_Closed):
         return value
 
 
-class EvaluateSpec(_Closed):
+class EvaluateSpec(Closed):
     """How base and compressed model are compared."""
 
     text: Text = Field(
@@ -143,7 +104,7 @@ class EvaluateSpec(_Closed):
     )
 
 
-class Override(_Closed):
+class Override(Closed):
     """What differs for the modules that a glob matches; null keeps the stage's value."""
 
     bits: Bits | None = None
@@ -157,11 +118,21 @@ class Override(_Closed):
         return self
 
 
-class QuantizeStage(_Closed):
+_METHODS = ("gptq", "rtn", "dynamic", "static", "auto")
+
+
+def _check_method(value: object) -> object:
+    """A method that is none gets the list of all: no union member alone knows it."""
+    if value not in _METHODS:
+        raise PydanticCustomError("literal_error", "", {"expected": f"{', '.join(_METHODS[:-1])} or {_METHODS[-1]}"})
+    return value
+
+
+class QuantizeStage(Closed):
     """Store the weights of linear layers as small integers with a scale per group of columns."""
 
     kind: Literal["quantize"] = Field(description="What the stage does: quantize.")
-    method: Literal["gptq", "rtn"] = Field(
+    method: Annotated[Literal["gptq", "rtn"], BeforeValidator(_check_method)] = Field(
         default="gptq",
         description="gptq compensates each column's rounding error in the columns after it; rtn only rounds.",
     )
@@ -176,17 +147,16 @@ class QuantizeStage(_Closed):
         default=True,
         description="Quantize the columns with the largest inputs first (loaders see no difference).",
     )
-    damp: Number = Field(
-        default=0.01,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Fraction of the Hessian's mean diagonal that is added to its diagonal.",
-    )
+    damp: Number = DAMP
     clip: Literal["none", "mse", "hessian"] | None = Field(
         default=None,
         description="How ranges are narrowed: not at all, for the least weight error (what null means for rtn), "
         "or for the least output error (what null means for gptq).",
+    )
+    drift_correction: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="Share of what earlier quantized layers have changed that a matrix's weights are moved to make "
+        "good before they are rounded (null means 0.5 for gptq); 0 saves a forward pass of the original model.",
     )
     overrides: dict[Text, Override] = Field(
         default={}, description='Other settings by glob on module names: {"*.down_proj": {bits: 8}}.'
@@ -208,11 +178,7 @@ class QuantizeStage(_Closed):
     @field_validator("ignore")
     @classmethod
     def _check_ignore(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        both = [glob for glob in value if glob in info.data.get("overrides", {})]
-        if both:
-            message = "holds {globs}, which overrides has too; keep one of the two"
-            raise PydanticCustomError("contradiction", message, {"globs": ", ".join(both)})
-        return value
+        return without_overridden(value, info)
 
     @field_validator("format")
     @classmethod
@@ -222,12 +188,48 @@ class QuantizeStage(_Closed):
             raise PydanticCustomError("format", message)
         return value
 
+    @field_validator("drift_correction")
+    @classmethod
+    def _check_correction(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value and info.data.get("method") == "rtn":
+            raise PydanticCustomError("drift", "needs the inputs, which rtn never sees; remove it or use method: gptq")
+        return value
 
-# One kind so far. The next one makes this Annotated[QuantizeStage | PruneStage, Field(discriminator="kind")].
-Stage: TypeAlias = QuantizeStage
+    @property
+    def correction(self) -> float:
+        """The share that `drift_correction` means."""
+        default = 0.5 if self.method == "gptq" else 0.0
+        return default if self.drift_correction is None else self.drift_correction
+
+    @property
+    def weight_rounding(self) -> Literal["gptq", "rtn"]:
+        """How weights are rounded."""
+        return self.method
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the stage looks at calibration text."""
+        return self.method == "gptq"
+
+    @property
+    def title(self) -> str:
+        """The stage in a few words."""
+        return f"{self.method} {self.bits}-bit"
 
 
-class Recipe(_Closed):
+def _member(value: object) -> str:
+    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
+    return EightBitStage.__name__ if method in ("dynamic", "static", "auto") else QuantizeStage.__name__
+
+
+# The tags are the classes' names: messages look up by them which keys a stage may have.
+Stage: TypeAlias = Annotated[
+    Annotated[QuantizeStage, Tag("QuantizeStage")] | Annotated[EightBitStage, Tag("EightBitStage")],
+    Discriminator(_member),
+]
+
+
+class Recipe(Closed):
     """One compression job, from a model to a checkpoint with a report."""
 
     name: Text = Field(description="What reports call this job.")

@@ -56,12 +56,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {guess}?" if guess else ""
 
 
-def known_fields(schema: type[BaseModel], location: Location) -> dict[str, FieldInfo]:
-    """The keys that the mapping at `location` may have, with what each one is."""
+def known_fields(schema: type[BaseModel], location: Location, tags: Iterable[str | int] = ()) -> dict[str, FieldInfo]:
+    """The keys that the mapping at `location` may have, with what each one is.
+
+    Args:
+        schema: of the whole document.
+        location: of the mapping.
+        tags: names of union members; where one of them could be meant, it is.
+    """
     models = [schema]
     for part in location:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [found for field in fields for found in _models(field.annotation)] if fields else models
+        models = [model for model in models if model.__name__ in tags] or models
     return {key: field for model in models for key, field in model.model_fields.items()}
 
 
@@ -124,8 +131,9 @@ _REMEDIES = {
     "float_type": "{shown} is not a number; write one such as 0.01",
     "finite_number": "{shown} is not a number; write one such as 0.01",
     "greater_than": "{shown} is not allowed; use a number above {gt:g}",
-    "greater_than_equal": "{shown} is not allowed; use {ge} or more",
+    "greater_than_equal": "{shown} is not allowed; use {ge:g} or more",
     "less_than_equal": "{shown} is not allowed; use {le:g} or less",
     "count": "{shown} is not a whole number; write one such as 128, 64k, 20M or 1B",
+    "smooth": "{shown} is not a power; use a number from 0 to 1 such as 0.5, auto or null",
     "sha256": "{shown} is not a checksum; write the 64 hexadecimal digits of sha256sum",
 }

@@ -64,11 +64,13 @@ class Options:
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         work_dir: for intermediate artefacts; None is `.dscompress` beside the output.
         fresh: forget what earlier runs of this recipe finished.
+        max_memory: bytes of memory to keep to on the device; None is what is free.
     """
 
     device: str = "auto"
     work_dir: Path | None = None
     fresh: bool = False
+    max_memory: int | None = None
 
 
 def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
@@ -148,15 +150,15 @@ class _Run:
         from compress.stages.verify import probe_tokens
 
         recipe = self.recipe
-        device = pick_device(self.options.device)
-        tokens = self._tokens(tokenizer) if any(s.method == "gptq" for s in recipe.stages) else None
+        device = pick_device(self.options.device, self.options.max_memory)
+        tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
         stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
         cpu = f"{torch.get_num_threads()} CPU threads"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         self.reporter.say(f"{recipe.model}: {base.bytes / 1e6:,.0f} MB; computing in {dtype} on {where}")
-        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code)
+        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code, self.options.max_memory)
 
     def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
         from compress.data.calibration import load_calibration
@@ -183,7 +185,7 @@ class _Run:
         from compress.stages.quantize import CODE_VERSION, PROBE, quantize
         from compress.stages.verify import probe_of
 
-        needed = context.tokens.sha256 if context.tokens is not None and spec.method == "gptq" else None
+        needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
         key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), CODE_VERSION)
         final, part = self.work / "stages" / key, self.work / "stages" / f"{key}.part"
         if self.options.fresh:
@@ -215,8 +217,9 @@ class _Run:
         self.reporter.say("verifying: opening the checkpoint again")
         expected = _logits(self.work / "stages" / f"{key}.{PROBE}")
         verified = verify_logits(
-            result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code
-        )
+            result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code,
+            context.max_memory,
+        )  # fmt: skip
         if not verified.passed:
             reason = verified.note or "it differs"
             self.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
@@ -240,7 +243,9 @@ class _Run:
         found = cache / f"{fingerprint(base_id, key, windows.sha256, str(context.dtype), CODE_VERSION)}.json"
         if found.is_file() and not self.options.fresh:
             return schema.Quality.model_validate_json(found.read_text(encoding="utf-8"))
-        quality = schema.Quality.model_validate(compare(base, DenseView(result), windows, context, cache, base_id))
+        quality = schema.Quality.model_validate(
+            compare(DenseView(base), DenseView(result), windows, context, cache, base_id)
+        )
         write_text(found, quality.model_dump_json())
         return quality
 
@@ -253,7 +258,10 @@ class _Run:
             return [], "evaluation is turned off"
         if result.config["quantization_config"]["quant_method"] == "gptq":
             return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
-        needed, free = int(parameter_count(base) * context.dtype.itemsize * 1.3), available(context.device)
+        needed, free = (
+            int(parameter_count(base) * context.dtype.itemsize * 1.3),
+            available(context.device, context.max_memory),
+        )
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
         prompts = list(PROMPTS if spec.prompts is None else spec.prompts)

@@ -16,6 +16,7 @@ from compress.progress import Reporter
 from compress.report.schema import Quality
 
 if TYPE_CHECKING:
+    from compress.quant.grid import Grid, InputRounding
     from compress.stages.verify import Check
 
 _KINDS = ("base", "stages", "evaluations")
@@ -100,7 +101,7 @@ def inspect(folder: Path) -> list[str]:
     for name in view.tensors:
         module = name.removesuffix(".weight")
         grid = view.grids.get(module)
-        stored = f"{grid.bits} bits, group {grid.group_size}" if grid else view.tensors[name].dtype
+        stored = _stored(grid, view.inputs.get(module)) if grid else view.tensors[name].dtype
         kinds[(module.rpartition(".")[2], stored)] += 1
     width = max(len(kind) for kind, _ in kinds)
     lines += [f"  {kind:<{width}}  {count:>4} x {stored}" for (kind, stored), count in sorted(kinds.items())]
@@ -111,6 +112,15 @@ def inspect(folder: Path) -> list[str]:
             f"made       {record.created} by {stage.kind} {stage.spec.get('method', '')} in {stage.seconds:.0f} s"
         )
     return lines
+
+
+def _stored(grid: "Grid", inputs: "InputRounding | None") -> str:
+    if grid.rows == -1 or (inputs and grid.group_size == -1):
+        scope = "one scale" if grid.rows == -1 else "a scale per row"
+    else:
+        scope = f"blocks of {grid.rows} x {grid.group_size}" if grid.rows > 1 else f"group {grid.group_size}"
+    how = "" if inputs is None else f", {'dynamic' if inputs.scale is None else 'static'} inputs"
+    return f"{'fp8' if grid.float8 else f'{grid.bits} bits'}, {scope}{how}"
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class Document:
             if error["type"] == "missing" or (*location, last) in self.places:
                 location = (*location, last)
             wrong_type = error["type"] in ("dict_type", "model_type")
-            known = known_fields(schema, location if wrong_type else holder)
+            known = known_fields(schema, location if wrong_type else holder, parents)
             self.add_problem(location, validation_message(error, known))
 
 

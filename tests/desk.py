@@ -51,6 +51,11 @@ class Desk:
         """Add a line to the stage: line 9 of the recipe."""
         return self.write("recipe.yaml", f"{RECIPE}    {line}\n")
 
+    def eight_bit(self, lines: str, *others: str) -> list[str]:
+        """A stage of 8 bits instead: its keys behind kind, from line 8 of the recipe on; then lines outside of it."""
+        stage = "".join(f"    {line}\n" for line in lines.split("\n"))
+        return self.write("recipe.yaml", RECIPE.replace("    group_size: 32\n", stage) + "".join(others))
+
     def calibration(self, spec: str) -> list[str]:
         return self.recipe("{source: text.txt, samples: 2, sequence_length: 32}", spec)
 

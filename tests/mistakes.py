@@ -1,11 +1,13 @@
 """Every mistake that a user can make, how it is made, and the one line that it gets: the table of test_bad_input.py."""
 
 import mistakes_in_models
+import numpy as np
 from desk import RUN, Case, Desk
 from small_model import write_model
 
 from compress.artefact import RunLock
 
+RECIPES = "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, quickstart"
 EVAL = ["--sequence-length", "32", "--device", "cpu"]
 
 
@@ -53,22 +55,87 @@ def unknown_quantization(desk: Desk) -> list[str]:
     return ["inspect", "model"]
 
 
+def zero_inputs(desk: Desk) -> list[str]:
+    """A model whose second norm gives zeros: so are the inputs of gate_proj and up_proj."""
+    desk.weights(model__layers__0__post_attention_layernorm__weight=np.zeros(64, np.float16))
+    return desk.eight_bit("method: static\nweight_rounding: rtn")
+
+
+EIGHT_BITS = [
+    Case(
+        "method that is none",
+        lambda desk: desk.stage("method: dynamik"),
+        "recipe.yaml:9: stages.0.method: 'dynamik' is not allowed; use gptq, rtn, dynamic, static or auto "
+        "(did you mean dynamic?)",
+    ),
+    Case(
+        "int8 weights with zero points",
+        lambda desk: desk.eight_bit("method: dynamic\nsymmetric: false"),
+        "recipe.yaml:9: stages.0.symmetric: no runtime loads 8-bit weights with zero points; remove it, or use "
+        "method: gptq",
+    ),
+    Case(
+        "blocks of int8",
+        lambda desk: desk.eight_bit("method: dynamic\ngranularity: block"),
+        "recipe.yaml:9: stages.0.granularity: block is for dtype: fp8; use channel or tensor",
+    ),
+    Case(
+        "blocks that do not divide a width",
+        lambda desk: desk.eight_bit("method: dynamic\ndtype: fp8\ngranularity: block"),
+        "stages.0.granularity: blocks of 128 do not divide the width 96 of model.layers.*.mlp.down_proj (2 layers); "
+        "use channel, or ignore them\nstages.0.granularity: blocks of 128 do not divide the width 64 of … (12 layers); "
+        "use channel, or ignore them",
+    ),
+    Case(
+        "key of the other methods",
+        lambda desk: desk.stage("method: static"),
+        "recipe.yaml:8: stages.0.group_size: unknown key; use kind, method, dtype, …",
+    ),
+    Case(
+        "override of 8 bits that matches nothing",
+        lambda desk: desk.eight_bit('method: static\noverrides: {"*.down_prj": {method: dynamic}}'),
+        "stages.0: '*.down_prj' matches no linear layer; did you mean down_proj?; there are down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj",
+    ),
+    Case(
+        "static with a calibration text that is not there",
+        lambda desk: [*desk.eight_bit("method: static"), "--set", "calibration=general_n"],
+        "--set calibration=general_n: calibration: general_n: no such spec; did you mean general_en? (bundled: …)",
+    ),
+    Case(
+        "inputs that are all zero",
+        zero_inputs,
+        "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj: all inputs are zero on the calibration text, which "
+        "gives no scale; add it to ignore, use method: dynamic for it, or calibrate on other text",
+        started=True,
+    ),
+    Case(
+        "too little text for a percentile",
+        lambda desk: desk.eight_bit("method: static\nobserver: percentile"),
+        "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: observer "
+        "percentile: 4,096 calibration values are too few for the 99.99th percentile, which needs 100,000; give more "
+        "calibration text, or use observer: minmax",
+        started=True,
+    ),
+]
+
+
 CASES = [
     # The recipe
     Case(
         "recipe that is not there",
         lambda desk: ["run", "mine.yaml"],
-        "mine.yaml: no such recipe; did you mean recipe.yaml? (bundled: 8b_int4_gptq, quickstart)",
+        f"mine.yaml: no such recipe; did you mean recipe.yaml? (bundled: {RECIPES})",
     ),
     Case(
         "misspelt bundled recipe",
         lambda desk: ["run", "quickstrat"],
-        "quickstrat: no such recipe; did you mean quickstart? (bundled: 8b_int4_gptq, quickstart)",
+        f"quickstrat: no such recipe; did you mean quickstart? (bundled: {RECIPES})",
     ),
     Case(
         "misspelt recipe",
         lambda desk: ["run", "recipe.yml"],
-        "recipe.yml: no such recipe; did you mean recipe.yaml? (bundled: 8b_int4_gptq, quickstart)",
+        f"recipe.yml: no such recipe; did you mean recipe.yaml? (bundled: {RECIPES})",
     ),
     Case(
         "unknown key", lambda desk: desk.stage("bit: 4"), "recipe.yaml:9: stages.0.bit: unknown key; did you mean bits?"
@@ -121,6 +188,7 @@ CASES = [
         "--set stages.0.bits: is not path=value, such as stages.0.bits=3; write a part that has dots as "
         '["*.down_proj"]',
     ),
+    *EIGHT_BITS,
     *mistakes_in_models.CASES,
     # The text
     Case(
@@ -252,7 +320,7 @@ CASES = [
         "inspect an unknown quantization",
         unknown_quantization,
         "model: quantized as awq, format None, which can't be read here; "
-        "readable are compressed-tensors pack-quantized and gptq",
+        "readable are compressed-tensors pack-quantized, int-quantized, float-quantized and gptq",
     ),
     Case(
         "eval with two vocabularies",
@@ -297,7 +365,7 @@ CASES = [
     Case(
         "recipe to show that is not there",
         lambda desk: ["recipes", "show", "quickstrat"],
-        "quickstrat: no such bundled recipe; did you mean quickstart? (there are 8b_int4_gptq, quickstart)",
+        f"quickstrat: no such bundled recipe; did you mean quickstart? (there are {RECIPES})",
     ),
     Case(
         "recipe copied over a file",

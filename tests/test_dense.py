@@ -179,7 +179,7 @@ def test_gptq_of_another_writer_also_with_an_activation_order(dense: Path, tmp_p
         ({"quant_method": "awq"}, "quantized as awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized as bitsandbytes"),
         ({"quant_method": "fp8"}, "quantized as fp8"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
+        ({"quant_method": "compressed-tensors", "format": "naive-quantized"}, "naive-quantized"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "marlin-24"),
         ({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, "checkpoint_format gptq_v2"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format marlin"),

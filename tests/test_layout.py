@@ -1,7 +1,8 @@
 """The shape of the code, read from its syntax: who imports whom, what stays free of torch, how long things grow.
 
 cli -> sweep -> runner -> stages -> quant | prune | train | evaluate | export
-                          stages -> model, data -> kernels
+                          stages -> model, data
+                                    quant -> kernels, which know nothing but the grid
 recipe, artefact, errors, report: no torch, whatever they import
 """
 
@@ -103,6 +104,22 @@ def test_models_and_data_know_no_stage() -> None:
     for module in MODULES:
         if within(module, ("compress.model", "compress.data")):
             assert not {name for name in imports(module) if within(name, stages)}, module
+
+
+def test_kernels_know_nothing_but_the_grid() -> None:
+    allowed = ("compress.errors", "compress.quant.grid", "compress.kernels")
+    for module in MODULES:
+        if within(module, ("compress.kernels",)):
+            ours = {name for name in imports(module) if within(name, ("compress",)) and name != "compress.quant"}
+            assert not {name for name in ours if not within(name, allowed)}, module
+
+
+def test_triton_is_imported_where_it_runs() -> None:
+    """It exists for Linux alone, and only a GPU needs it."""
+    kernels = ("compress.kernels.columns", "compress.kernels.scales", "compress.kernels.solver")
+    for module in MODULES:
+        if not within(module, kernels):
+            assert not {name for name in imports_at_start(module) if within(name, ("triton", *kernels))}, module
 
 
 def test_top_level_folders() -> None:

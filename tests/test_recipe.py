@@ -191,7 +191,8 @@ def test_schema_is_closed_and_describes_every_key() -> None:
         for name, value in part["properties"].items():
             assert "description" in value or part["title"] == "Override", name
     stage = schema["$defs"]["QuantizeStage"]
-    assert schema["properties"]["stages"]["items"] == {"$ref": "#/$defs/QuantizeStage"}
+    members = [{"$ref": f"#/$defs/{name}"} for name in ("QuantizeStage", "EightBitStage")]
+    assert schema["properties"]["stages"]["items"] == {"oneOf": members}
     assert stage["required"] == ["kind"]
     assert stage["properties"]["kind"]["const"] == "quantize"
     assert stage["properties"]["bits"]["enum"] == [2, 3, 4, 8]

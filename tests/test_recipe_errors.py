@@ -9,7 +9,7 @@ from compress.errors import RecipeError
 from compress.recipe_yaml import load_calibration_spec, load_recipe
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n"
-RECIPES = "(bundled: 8b_int4_gptq, quickstart)"
+RECIPES = "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, quickstart)"
 SPECS = "(bundled: general_en, general_en_small, wikitext2)"
 KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, output"
 WHOLE = "is not a whole number; write one such as 128, 64k, 20M or 1B"
@@ -119,7 +119,7 @@ def test_all_problems_of_a_recipe_at_once() -> None:
         "r.yaml:6: stages.0.bits: 5 is not allowed; use 2, 3, 4 or 8",
         "r.yaml:7: stages.0.group_size: 100 is not allowed; use -1, 32, 64 or 128",
         "r.yaml:8: stages.0.bitz: unknown key; did you mean bits?",
-        "r.yaml:9: stages.0.method: 'GPTQ' is not allowed; use gptq or rtn (did you mean gptq?)",
+        "r.yaml:9: stages.0.method: 'GPTQ' is not allowed; use gptq, rtn, dynamic, static or auto (did you mean gptq?)",
         "r.yaml:10: stages.0.damp: 0 is not allowed; use a number above 0",
         "r.yaml:11: evalute: unknown key; did you mean evaluate?",
         f"r.yaml:12: evaluate.text: wikitxt2: no such spec; did you mean wikitext2? {SPECS}",
@@ -249,6 +249,46 @@ def test_missing_and_empty_keys() -> None:
         "r.yaml:2: stages: is missing; add it",
         "r.yaml:2: output: is missing; add it",
     ]
+
+
+EIGHT = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n    method: static\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("dtype: int4", "dtype: 'int4' is not allowed; use int8 or fp8 (did you mean int8?)"),
+        ("smoothe: 0.5", "smoothe: unknown key; did you mean smooth?"),
+        ("smooth: much", "smooth: 'much' is not a power; use a number from 0 to 1 such as 0.5, auto or null"),
+        ("smooth: true", "smooth: true is not a power; use a number from 0 to 1 such as 0.5, auto or null"),
+        ("smooth: 1.5", "smooth: 1.5 is not allowed; use 1 or less"),
+        ("group_sizes: 128", "group_sizes: unknown key; use kind, method, dtype, weight_rounding, granularity, "),
+        ("observer: max", "observer: 'max' is not allowed; use minmax, moving_average, percentile or mse (did you"),
+        ("kv_cache: int8", "kv_cache: 'int8' is not allowed; use fp8"),
+        ("budget: -1", "budget: -1 is not allowed; use 0 or more"),
+        (
+            "symmetric: false",
+            "symmetric: no runtime loads 8-bit weights with zero points; remove it, or use method: gptq",
+        ),
+        ("granularity: block", "granularity: block is for dtype: fp8; use channel or tensor"),
+        (
+            "dtype: fp8\n    granularity: block",
+            "granularity: block scales its inputs as the model runs; use method: dynamic",
+        ),
+        ('overrides: {"*.x": {bits: 4}}', 'overrides["*.x"].method: is missing; add it. dynamic or static, as for'),
+        (
+            'overrides: {"*.x": {method: dynamic}}\n    ignore: ["*.x"]',
+            "ignore: holds *.x, which overrides has too; keep one of the two",
+        ),
+    ],
+)
+def test_eight_bits(lines: str, problem: str) -> None:
+    found = problems(f"{EIGHT}    {lines}\n")
+    assert any(line.partition(": stages.0.")[2].startswith(problem) for line in found), found
+
+
+def test_keys_of_another_method_are_not_proposed() -> None:
+    assert problems(BASE + "    smooth: 0.5\n")[0].startswith("r.yaml:6: stages.0.smooth: unknown key; use kind, ")
 
 
 # Paths

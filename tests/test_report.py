@@ -29,6 +29,7 @@ def _layers(count: int) -> list[dict[str, Any]]:
             "name": f"model.layers.{layer}.{part}.{kind}_proj", "shape": KINDS[kind], "bits": 4, "group_size": 32,
             "symmetric": True, "error": 0.01 * (1 + index + math.sin(layer)) + 0.001, "weight_error": 0.008,
             "damp": 0.01, "fallback": "rounded to nearest: singular" if (layer, kind) == (1, "o") else None,
+            "dtype": "int", "inputs": None, "errors": {}, "smooth": None,
         }  # fmt: skip
 
     return [
@@ -397,3 +398,16 @@ def test_writing_a_report_never_imports_torch_and_reading_one_imports_no_plots()
     code = "import sys, compress.report.write; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_8_bits_became_is_said_with_the_error_of_the_other_choice(tmp_path: Path) -> None:
+    record = _record()
+    chosen = {"dtype": "int", "inputs": "static", "errors": {"static": 0.0052, "dynamic": 0.005}, "bits": 8}
+    for layer in record["stages"][0]["layers"]:
+        for module in layer["modules"]:
+            module |= chosen
+    record["stages"][0]["spec"] = {"kind": "quantize", "method": "auto", "dtype": "int8"}
+    _, html, md, card = _written(record, tmp_path)
+    assert "int8 static (dynamic 0.5 %)" in html and "int8 static (dynamic 0.5 %)" in md
+    assert "A quantization of weights and activations to INT8 (static or dynamic activation scales) of" in card
+    assert "- int8\n" in card

@@ -187,3 +187,22 @@ def test_killed_in_the_evaluation(folder: Path, whole: Whole) -> None:
     assert killable.run([*evaluated, "--fresh", "--work-dir", "other"], folder).code == 0
     uninterrupted = json.loads((folder / "out" / "report.json").read_text())["quality"]
     assert continued == uninterrupted
+
+
+def test_a_static_8_bit_run_continues(tmp_path: Path, tiny_model: Path) -> None:
+    """Scales of inputs and of the cache, and folded norms, are taken up again."""
+    stage = "{kind: quantize, method: static, dtype: fp8, smooth: 0.5, kv_cache: fp8}"
+    written = []
+    for name, moments in (("whole", []), ("killed", [r"layer-00002\.tmp$", r"layer-00004\.tmp$", r"outer\.tmp$"])):
+        (tmp_path / name).mkdir()
+        folder = prepare(tmp_path / name, tiny_model)
+        recipe = (folder / "recipe.yaml").read_text()
+        (folder / "recipe.yaml").write_text(recipe.replace("{kind: quantize, group_size: 64, format: gptq}", stage))
+        for path in moments:
+            assert killable.run(RUN, folder, Moment("open", path)).code == KILLED
+        ended = killable.run(RUN, folder)
+        assert ended.code == 0, ended.printed
+        report = json.loads((folder / "out" / "report.json").read_text())
+        assert report["verified"]["passed"] and report["stages"][0]["resumed_layers"] == (6 if moments else 0)
+        written.append([(folder / "out" / file).read_bytes() for file in ("model.safetensors", "config.json")])
+    assert written[0] == written[1]

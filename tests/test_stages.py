@@ -25,7 +25,7 @@ from compress.model.checkpoint import Checkpoint, read_part
 from compress.progress import Reporter
 from compress.quant.grid import Grid, Quantized
 from compress.recipe import Override, QuantizeStage
-from compress.stages import quantize as stage_module
+from compress.stages import solve as solve_module
 from compress.stages import verify
 from compress.stages.context import Context
 from compress.stages.quantize import PROBE, quantize
@@ -61,14 +61,14 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> Solved:
     seen: Solved = []
 
     def watch(name: str, matrix_of: Callable[[Any], Quantized]) -> None:
-        usual = getattr(stage_module, name)
+        usual = getattr(solve_module, name)
 
         def solver(weight: Tensor, *arguments: Any) -> Any:
             found = usual(weight, *arguments)
             seen.append((weight.clone(), matrix_of(found)))
             return found
 
-        monkeypatch.setattr(stage_module, name, solver)
+        monkeypatch.setattr(solve_module, name, solver)
 
     watch("gptq", lambda found: found[0])
     watch("round_to_nearest", lambda found: found)
@@ -81,7 +81,8 @@ def context(dtype: torch.dtype = torch.bfloat16) -> Context:
 
 
 def spec(**settings: Any) -> QuantizeStage:
-    return QuantizeStage(kind="quantize", **{"group_size": 32, **settings})
+    """Without the correction of drift, so that what is solved are the model's own weights."""
+    return QuantizeStage(kind="quantize", **{"group_size": 32, "drift_correction": 0.0, **settings})
 
 
 def solution(solved: Solved, weight: Tensor, module: str) -> Quantized:
@@ -324,13 +325,13 @@ def test_what_a_format_cannot_hold_is_said_before_anything_is_written(
 def test_a_hessian_beyond_repair_falls_back_to_rounding(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: Solved
 ) -> None:
-    usual, calls = stage_module.factorize, []
+    usual, calls = solve_module.factorize, []
 
     def factorize(hessian: Tensor, *arguments: Any) -> Any:
         calls.append(hessian)
         return usual(torch.full_like(hessian, torch.nan) if len(calls) == 2 else hessian, *arguments)
 
-    monkeypatch.setattr(stage_module, "factorize", factorize)
+    monkeypatch.setattr(solve_module, "factorize", factorize)
     asked = context()
     record = quantize(spec(), Checkpoint(models()), tmp_path, asked)
     fallen = [module for layer in record.layers for module in layer.modules if module.fallback]

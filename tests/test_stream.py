@@ -1,6 +1,7 @@
 """The layer loop against stock transformers, which holds the whole model: the same numbers, bit for bit."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.errors import ModelError, NumericalError
+from compress.model import stream as stream_module
+from compress.model.activations import Activations
 from compress.model.checkpoint import Checkpoint
-from compress.model.stream import TOKENS_PER_BATCH, Activations, LayerStream
+from compress.model.stream import TOKENS_PER_BATCH, LayerStream
 from compress.quant.gptq import factorize, gptq, round_to_nearest, visiting_order
 from compress.quant.grid import Grid
 from compress.quant.statistics import gram
@@ -39,8 +42,8 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def open_stream(folder: Path, dtype: torch.dtype = torch.bfloat16) -> LayerStream:
-    return LayerStream(Checkpoint(folder), CPU, dtype)
+def open_stream(folder: Path, dtype: torch.dtype = torch.bfloat16, room: float = math.inf) -> LayerStream:
+    return LayerStream(Checkpoint(folder), CPU, dtype, room=room)
 
 
 def run_all(stream: LayerStream, activations: Activations) -> None:
@@ -74,7 +77,7 @@ def test_logits_are_the_stock_models(folder: Path, dtype: torch.dtype, sequences
 def test_batches_hold_a_fixed_number_of_tokens(folder: Path) -> None:
     tokens = random_tokens(40, 128)
     sizes = [hidden.shape[0] for hidden in open_stream(folder).start(tokens).hidden]
-    assert sizes == [16, 16, 8] and max(sizes) * 128 == TOKENS_PER_BATCH
+    assert sizes == [16, 16, 8] and max(sizes) * 128 == TOKENS_PER_BATCH["cpu"]
 
 
 def test_head_inputs_are_the_stock_models(folder: Path) -> None:
@@ -178,13 +181,14 @@ def sequential_by_hand(stock: Any, parts: tuple[Tensor, ...], method: str) -> No
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("room", [math.inf, 0])  # batches stop inside the layer, or are run anew for each group
 def test_each_linear_sees_what_the_quantized_ones_before_it_put_out(
-    folder: Path, method: str, dtype: torch.dtype
+    folder: Path, method: str, dtype: torch.dtype, room: float
 ) -> None:
     tokens = random_tokens(5, 24)
     stock = load_stock(folder, dtype)
     sequential_by_hand(stock, batches(tokens, 2), method)
-    stream, written = open_stream(folder, dtype), {}
+    stream, written = open_stream(folder, dtype, room), {}
     activations = stream.start(tokens, 2)
     for index in range(stream.depth):
         raw = stream.load_layer(index)
@@ -220,6 +224,20 @@ def test_nan_activations_name_the_layer(folder: Path, with_visit: bool) -> None:
     stream.fill_layer(1, raw)
     with pytest.raises(NumericalError, match=r"^NaN or inf in the activations behind model\.layers\.1;"):
         stream.run_layer(1, activations, visit)
+
+
+def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = []
+    for way in ("in_step", "again"):
+        usual = getattr(stream_module, way)
+        monkeypatch.setattr(stream_module, way, lambda *a, w=way, u=usual: (ways.append(w), u(*a))[1])
+    needed = 4 * 8 * (96 + 4 * 64) * 2  # tokens x (the widest input + four hidden states) x bytes of bf16
+    for room in (needed, needed - 1):
+        stream = open_stream(folder, room=room)
+        activations = stream.start(random_tokens(4, 8), 2)
+        stream.fill_layer(0, stream.load_layer(0))
+        stream.run_layer(0, activations, lambda group, inputs: None)
+    assert ways == ["in_step", "again"]
 
 
 @pytest.mark.parametrize("path", ["another order", "a linear less", "a linear twice"])

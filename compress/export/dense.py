@@ -1,7 +1,8 @@
 """A quantized checkpoint read as if it were dense, whoever wrote it: names and weights of the model before packing.
 
 Widths and groups are told from the tensors' shapes, so that mixed ones work and config.json need not be trusted. Read
-are compressed-tensors `pack-quantized` and GPTQ (auto-gptq v1); anything else is refused by name.
+are compressed-tensors `pack-quantized`, `int-quantized` and `float-quantized` and GPTQ (auto-gptq v1); anything else is
+refused by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from compress.errors import ModelError
-from compress.export import compressed_tensors, gptq
-from compress.quant.grid import Grid
+from compress.export import compressed_tensors, eight_bit, gptq
+from compress.quant.grid import CacheRounding, Grid, InputRounding
 
 _COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_EIGHT_BIT = ("weight", "weight_scale", "input_scale")
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -37,6 +39,8 @@ class DenseView:
     Attributes:
         tensors: names as in the model before quantization.
         grids: the grid of every quantized module.
+        inputs: how the inputs of quantized modules are rounded as the model runs, where they are.
+        caches: how keys and values are rounded before they are kept, by attention module, where they are.
 
     Raises:
         ModelError: a quantization that can't be read here.
@@ -47,11 +51,13 @@ class DenseView:
         self._checkpoint = checkpoint
         config = checkpoint.config.get("quantization_config") or {}
         method = config.get("quant_method")
-        packed, parts, describe, self._dequantize = _READERS.get(method, _READERS[None])
-        if method not in _READERS or (config.get("format") not in _FORMATS):
+        layout = config.get("format")
+        reader = "eight-bit" if layout in eight_bit.FORMATS and method == "compressed-tensors" else method
+        packed, parts, describe, self._dequantize = _READERS.get(reader, _READERS[None])
+        if reader not in _READERS or layout not in _FORMATS:
             raise ModelError(
-                f"{self.folder}: quantized as {method}, format {config.get('format')}, which can't be read here; "
-                "readable are compressed-tensors pack-quantized and gptq"
+                f"{self.folder}: quantized as {method}, format {layout}, which can't be read here; "
+                "readable are compressed-tensors pack-quantized, int-quantized, float-quantized and gptq"
             )
         if method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq":
             raise ModelError(f"{self.folder}: checkpoint_format {config['checkpoint_format']} can't be read; only gptq")
@@ -59,19 +65,35 @@ class DenseView:
         self.tensors: dict[str, Any] = {}
         shape_names = [name for name in checkpoint.tensors if packed and name.endswith(".weight_shape")]
         shapes = {n.rpartition(".")[0]: t.tolist() for n, t in checkpoint.load(shape_names).items()}
-        ends = tuple(f".{part}" for part in parts)
         self._parts = parts
         for name, info in checkpoint.tensors.items():
             module, _, last = name.rpartition(".")
-            if packed and last == packed:
-                infos = {part: checkpoint.tensors.get(f"{module}.{part}") for part in parts}
+            infos = {part: checkpoint.tensors.get(f"{module}.{part}") for part in parts}
+            if not packed or infos[packed] is None:
+                self.tensors[name] = info
+            elif last == packed:
                 try:
                     self.grids[module] = describe(infos, shapes.get(module, ()))
                 except ModelError as error:
                     raise ModelError(f"{self.folder}: {module} {error}") from None
-                self.tensors[f"{module}.weight"] = info
-            elif not name.endswith(ends) or not parts:
+                self.tensors[f"{module}.weight"] = infos.get("weight", info)
+            elif last not in parts:
                 self.tensors[name] = info
+        self._find_rounding(config if reader == "eight-bit" else {})
+
+    def _find_rounding(self, config: Mapping[str, Any]) -> None:
+        self.inputs: dict[str, InputRounding] = {}
+        self.caches: dict[str, CacheRounding] = {}
+        ends = (".input_scale", ".k_scale", ".v_scale")
+        scales = self._checkpoint.load(n for n in self._checkpoint.tensors if config and n.endswith(ends))
+        for module in self.grids if config else ():
+            rounding = eight_bit.input_rounding(config, module, scales.get(f"{module}.input_scale"))
+            if rounding is not None:
+                self.inputs[module] = rounding
+        if config.get("kv_cache_scheme"):
+            for module in (name.removesuffix(".k_scale") for name in scales if name.endswith(".k_scale")):
+                keys, values = (InputRounding(True, scales[f"{module}.{part}_scale"].float()) for part in "kv")
+                self.caches[module] = CacheRounding(keys, values)
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Weights by their dense names; quantized ones are float32 [O, I]."""
@@ -109,6 +131,13 @@ def _describe_compressed(infos: Mapping[str, Any], shape: Sequence[int]) -> Grid
     return Grid(bits, size, infos["weight_zero_point"] is None, _DTYPES[scale.dtype])
 
 
+def _describe_eight_bit(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
+    weight, scale = infos["weight"], infos["weight_scale"]
+    if weight is None or weight.dtype not in ("I8", "F8_E4M3"):
+        raise ModelError("has a weight_scale but no weight of 8 bits; get the files again")
+    return eight_bit.grid_of(weight.dtype, weight.shape[0], scale.shape, _DTYPES[scale.dtype])
+
+
 def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
     columns = infos["g_idx"].shape[0]
     groups = infos["scales"].shape[0]
@@ -118,6 +147,10 @@ def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
 
 def _dequantize_compressed(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return compressed_tensors.unpack(tensors, grid).dequantize()
+
+
+def _dequantize_eight_bit(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return eight_bit.unpack(tensors, grid).dequantize()
 
 
 def _dequantize_gptq(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
@@ -133,6 +166,7 @@ _Reader = tuple[
 _READERS: dict[str | None, _Reader] = {
     None: ("", (), _describe_gptq, _dequantize_gptq),
     "compressed-tensors": ("weight_packed", _COMPRESSED_TENSORS, _describe_compressed, _dequantize_compressed),
+    "eight-bit": ("weight_scale", _EIGHT_BIT, _describe_eight_bit, _dequantize_eight_bit),
     "gptq": ("qweight", _GPTQ, _describe_gptq, _dequantize_gptq),
 }
-_FORMATS = (None, "pack-quantized", "gptq")
+_FORMATS = (None, "pack-quantized", "gptq", *eight_bit.FORMATS)

@@ -1,4 +1,4 @@
-"""The formats by the name that a recipe gives them."""
+"""The formats by the name that a recipe gives them; compressed-tensors with rounded inputs is `8-bit`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export import compressed_tensors, gptq
-from compress.quant.grid import Grid, Quantized
+from compress.export import compressed_tensors, eight_bit, gptq
+from compress.quant.grid import Grid, InputRounding, Quantized
 
 Grids = Mapping[str, Grid]
 Shapes = Mapping[str, tuple[int, int]]
+Inputs = Mapping[str, InputRounding]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Format:
         scale_dtype: dtype of its scales for weights stored in a given dtype.
         pack: tensors of a matrix.
         unpack: the matrix of these tensors.
-        config: `quantization_config` for grids, unquantized linears and the embeddings among the grids.
+        config: `quantization_config` for grids, unquantized linears, the embeddings among the grids, how inputs are
+            rounded, and whether there are scales for a cache.
         problems: why it can't hold these matrices, a line each.
         extra_files: further files beside config.json, by name, from the `quantization_config`.
     """
@@ -35,7 +37,7 @@ class Format:
     scale_dtype: Callable[[torch.dtype], torch.dtype]
     pack: Callable[[Quantized], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Grid], Quantized]
-    config: Callable[[Grids, Sequence[str], Sequence[str]], dict[str, Any]]
+    config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, bool], dict[str, Any]]
     problems: Callable[[Shapes, Grids, Sequence[str]], list[str]]
     extra_files: Callable[[dict[str, Any]], dict[str, str]]
 
@@ -61,8 +63,22 @@ FORMATS = {
         scale_dtype=lambda stored: stored,
         pack=compressed_tensors.pack,
         unpack=compressed_tensors.unpack,
-        config=compressed_tensors.quantization_config,
+        config=lambda grids, unquantized, embeddings, inputs, cache: compressed_tensors.quantization_config(
+            grids, unquantized, embeddings
+        ),
         problems=_compressed_problems,
+        extra_files=lambda config: {},
+    ),
+    "8-bit": Format(
+        parts=("weight", "weight_scale"),
+        zero_minimum=0,
+        scale_dtype=lambda stored: stored,
+        pack=eight_bit.pack,
+        unpack=eight_bit.unpack,
+        config=lambda grids, unquantized, embeddings, inputs, cache: eight_bit.quantization_config(
+            grids, inputs, unquantized, cache
+        ),
+        problems=lambda shapes, grids, embeddings: [],
         extra_files=lambda config: {},
     ),
     "gptq": Format(
@@ -71,7 +87,7 @@ FORMATS = {
         scale_dtype=lambda stored: torch.float16,
         pack=gptq.pack,
         unpack=gptq.unpack,
-        config=lambda grids, unquantized, embeddings: gptq.quantization_config(grids, unquantized),
+        config=lambda grids, unquantized, embeddings, inputs, cache: gptq.quantization_config(grids, unquantized),
         problems=_gptq_problems,
         extra_files=lambda config: {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
     ),

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from compress.model.stream import Activations, LayerStream
+from compress.model.activations import Activations
+from compress.model.stream import LayerStream
 
 _NAME = "dscompress_received_attention"
-_QUERIES = 256  # sampled in a sequence
+_QUERIES = 128  # sampled in a sequence
 _BYTES_AT_ONCE = 1 << 28
 
 
@@ -48,11 +49,11 @@ def _attention(
     scale = width**-0.5 if scaling is None else scaling
     hidden = torch.arange(length, device=query.device)[None] > rows[:, None] if attention_mask is None else None
     received = torch.empty(kv_heads, batch, length, device=query.device)
-    at_once = max(1, _BYTES_AT_ONCE // (heads * rows.numel() * length * 4))
+    at_once = max(1, _BYTES_AT_ONCE // (heads * rows.numel() * length * 2))
     for start in range(0, batch, at_once):
         part = slice(start, start + at_once)
         queries = query[part][:, :, rows].view(-1, kv_heads, heads // kv_heads * rows.numel(), width)
-        scores = (queries @ key[part].transpose(2, 3)).view(-1, heads, rows.numel(), length).float().mul_(scale)
+        scores = (queries @ key[part].transpose(2, 3)).view(-1, heads, rows.numel(), length).mul_(scale)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
@@ -61,7 +62,8 @@ def _attention(
             assert attention_mask is not None
             mask = attention_mask[part, :, rows, :length]
             scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
-        squares = scores.softmax(-1).square_().sum(2)  # [B, H, S]
+        norms = torch.linalg.vector_norm(scores.softmax(-1), dim=2, dtype=torch.float32)  # [B, H, S]
+        squares = norms.square()
         received[:, part] = squares.view(-1, kv_heads, heads // kv_heads, length).sum(2).transpose(0, 1)
     raise _Seen(received)
 
@@ -81,7 +83,7 @@ def received_attention(stream: LayerStream, index: int, activations: Activations
     config._attn_implementation = _NAME
     seen: list[Tensor] = []
     try:
-        for hidden in activations.hidden:
+        for hidden in activations:
             try:
                 stream.layers[index](hidden, **activations.of_layer(index, hidden))
             except _Seen as found:

@@ -4,53 +4,37 @@ A skeleton on the meta device comes from the config. Stand-ins in place of the d
 own forward passes to each (masks, rotary embeddings, sliding windows), so no family's forward code is repeated here.
 Layers are then loaded one by one, the next one prefetched.
 
-`run_layer` advances all batches through a layer together: every batch runs in a fibre (a greenlet) that stops in
-front of each group of linears with a common input. When all have arrived, the caller sees all inputs, replaces the
-weights, and the fibres go on with the new ones. So each linear is calibrated on what the compressed linears before it
-put out, inside its own layer too, and each layer runs once, not twice. Left out: the two-pass loop (observe, transform,
-run again), which costs twice the forward passes for coarser statistics.
+`run_layer` can stop in front of each group of linears with a common input (steps.py), and keeps activations where there
+is room for them (activations.py).
 
 Dimensions: B batch, S sequence, D hidden, I inputs of a linear, V vocabulary.
 """
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.errors import ModelError, NumericalError
+from compress.model.activations import Activations
+from compress.model.kv_cache import Change, attention_modules, pass_through
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
 from compress.model.stand_in import Reached, StandIn
+from compress.model.steps import Group, PathsDiffer, Step, again, in_step, linear_groups
 
-TOKENS_PER_BATCH = 2048
-Visit = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+_STATES_INSIDE = 4  # hidden states that a layer's forward holds on to while a linear runs
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
-
-@dataclass
-class Activations:
-    """Hidden states between two layers, and what each layer is called with.
-
-    Args:
-        hidden: one tensor [B, S, D] per batch, replaced as layers run.
-        arguments: for each batch shape (B, S), the keyword arguments of every layer.
-    """
-
-    hidden: list[Tensor]
-    arguments: dict[tuple[int, int], list[dict[str, Any]]]
-
-    def of_layer(self, index: int, hidden: Tensor) -> dict[str, Any]:
-        """Keyword arguments with which layer `index` is called for this batch."""
-        return self.arguments[(hidden.shape[0], hidden.shape[1])][index]
+Visit = Callable[[Group, Iterator[Tensor]], None]
 
 
 class Source(Protocol):
@@ -76,19 +60,28 @@ class LayerStream:
         device: where it runs.
         dtype: in what precision it runs.
         trust_remote_code: as in transformers.
+        room: bytes that activations may take on the device.
 
     Attributes:
         head: name of the output head's module; some families store it under another one (gpt_neox: embed_out).
         replaced: weights outside the layers that are used instead of the source's, by full name.
+        inputs: what the inputs of a linear go through before it sees them, by its full name; none at the start. What is
+            added while a layer runs counts from the next call of that linear on, the one that waits included.
+        caches: what keys and values go through before attention sees them, by the attention module's full name.
 
     Raises:
         ModelError: a model that transformers can't build, or whose parts aren't found.
     """
 
     def __init__(
-        self, source: Source, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        room: float = math.inf,
     ) -> None:
-        self.device, self.dtype, self.source = device, dtype, source
+        self.device, self.dtype, self.source, self.room = device, dtype, source, room
         self.model, self.arch = skeleton(source.folder, dtype, trust_remote_code)
         self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)
         heads = {id(self.model.get_output_embeddings())}
@@ -96,8 +89,24 @@ class LayerStream:
         held = {self.module_name(name) for name in source.tensors}
         check_present([name for name, _ in self.model.named_parameters() if name not in held])
         self.replaced: dict[str, Tensor] = {}
+        self.inputs: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.caches: dict[str, Change] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._through(name))
+        for name, module in attention_modules(self.model).items():
+            pass_through(module, name, self.caches)
         self._reader = ThreadPoolExecutor(1, "prefetch")
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._groups: dict[tuple[tuple[str, torch.Size], ...], list[Group]] = {}
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def _through(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            change = self.inputs.get(name)
+            return None if change is None else (change(inputs[0]), *inputs[1:])
+
+        return hook
 
     @property
     def depth(self) -> int:
@@ -115,7 +124,7 @@ class LayerStream:
 
     def start(self, tokens: Tensor, batch: int | None = None) -> Activations:
         """Embed tokens [N, S]: the activations in front of layer 0, in batches of `batch` sequences."""
-        batch = batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        batch = batch or max(1, TOKENS_PER_BATCH[self.device.type] // tokens.shape[1])
         hidden: list[Tensor] = []
         arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         with self.outer():
@@ -128,7 +137,10 @@ class LayerStream:
                     raise ModelError(f"{type(self.model).__name__}: its forward pass skips decoder layers")
                 hidden.append(seen[0][0])  # type: ignore[index]
                 arguments.setdefault((part.shape[0], part.shape[1]), [s[1] for s in seen if s is not None])
-        return Activations(hidden, arguments)
+        activations = Activations(hidden, arguments, self.device)
+        if 2 * sum(each.nbytes for each in hidden) > self.room and self.device.type == "cuda":
+            activations.to_host()
+        return activations
 
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Tensors of a layer as stored, on the device; starts reading the next layer."""
@@ -143,7 +155,19 @@ class LayerStream:
             return self._next[1]
         prefix = self.prefix(index)
         names = [name for name in self.source.tensors if name.startswith(prefix)]
-        return self._reader.submit(self.source.load, names, self.device)
+        return self._reader.submit(self._read, names)
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors on the device; a GPU copies them beside what it computes, not in between."""
+        if self._copies is None:
+            return self.source.load(names, self.device)
+        main = torch.cuda.default_stream(self.device)
+        with torch.no_grad(), torch.cuda.stream(self._copies):
+            tensors = self.source.load(names, self.device)
+            self._copies.synchronize()
+        for tensor in tensors.values():
+            tensor.record_stream(main)  # its memory is not used again before the computation is done with it
+        return tensors
 
     def fill_layer(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Put tensors (full names) into layer `index`, in the stream's dtype; a partial set replaces what it names.
@@ -160,33 +184,23 @@ class LayerStream:
         """Give a layer's memory back."""
         self.layers[index].to("meta")
 
-    def groups(self, index: int, activations: Activations) -> list[tuple[str, ...]]:
+    def groups(self, index: int, activations: Activations) -> list[Group]:
         """Linears of a layer (local names) that share an input, in the order in which they are called.
 
-        Found by running the layer once on the meta device and comparing the inputs by identity.
+        Layers with the same linears are taken to call them alike.
         """
         filled = self.layers[index]
+        kind = tuple(
+            (name, module.weight.shape) for name, module in filled.named_modules() if isinstance(module, nn.Linear)
+        )
+        if kind in self._groups:
+            return self._groups[kind]
         without = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in filled.parameters()}
         layer = copy.deepcopy(filled, without).to("meta")  # copies no weights: they are taken as copied already
-        hidden = activations.hidden[0]
-        seen: list[tuple[Tensor, list[str]]] = []
-
-        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                for tensor, names in seen:
-                    if tensor is inputs[0]:
-                        names.append(name)
-                        return
-                seen.append((inputs[0], [name]))
-
-            return hook
-
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(note(name))
-        meta = torch.empty_like(hidden, device="meta")
-        layer(meta, **_to_device(activations.of_layer(index, hidden), "meta"))
-        return [tuple(names) for _, names in seen]
+        hidden = torch.empty_like(activations.hidden[0], device="meta")
+        arguments = _to_device(activations.of_layer(index, hidden), "meta")
+        self._groups[kind] = linear_groups(layer, lambda: layer(hidden, **arguments))
+        return self._groups[kind]
 
     def run_layer(self, index: int, activations: Activations, visit: Visit | None = None) -> None:
         """Run all batches through a filled layer, in place.
@@ -200,65 +214,41 @@ class LayerStream:
         Raises:
             NumericalError: NaN or inf in what the layer puts out.
         """
-        if visit is None:
-            for number, hidden in enumerate(activations.hidden):
-                activations.hidden[number] = self._run_batch(index, hidden, activations)
-        else:
-            self._run_in_step(index, activations, visit)
-        finite = torch.stack([torch.isfinite(hidden).all() for hidden in activations.hidden])
-        if not bool(finite.all()):
+        for group, arrivals in self.steps(index, activations, [] if visit is None else None):
+            if visit is not None:
+                visit(group, (arrival.input for arrival in arrivals))
+
+    def steps(self, index: int, activations: Activations, groups: list[Group] | None = None) -> Iterator[Step]:
+        """`run_layer` as a generator, which has to be exhausted; `groups` are those to stop at, all by default."""
+        layer, finite = self.layers[index], [torch.tensor(True)] * len(activations.hidden)
+
+        def work(number: int) -> None:
+            hidden = activations.get(number)
+            out = layer(hidden, **activations.of_layer(index, hidden))
+            out = out[0] if isinstance(out, tuple) else out
+            finite[number] = torch.isfinite(out).all()
+            activations.put(number, out)
+
+        groups = self.groups(index, activations) if groups is None else groups
+        run = in_step if groups and self._keeps_batches(index, groups, activations) else again
+        try:
+            yield from run(layer, groups, work, len(activations.hidden))
+        except PathsDiffer as error:
+            raise ModelError(
+                f"batches take different paths through {self.prefix(index)[:-1]}; it is no dense layer"
+            ) from error
+        if not bool(torch.stack(finite).all()):
             raise NumericalError(
                 f"NaN or inf in the activations behind {self.prefix(index)[:-1]}; "
                 "the weights may be damaged, or the dtype's range too small"
             )
 
-    def _run_batch(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
-        out = self.layers[index](hidden, **activations.of_layer(index, hidden))
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
-
-    def _run_in_step(self, index: int, activations: Activations, visit: Visit) -> None:
-        layer, main = self.layers[index], getcurrent()
-        groups = self.groups(index, activations)
-
-        def fibre(number: int) -> greenlet:
-            def work() -> None:
-                activations.hidden[number] = self._run_batch(index, activations.hidden[number], activations)
-
-            return greenlet(work, main)
-
-        fibres = [fibre(number) for number in range(len(activations.hidden))]
-
-        def stop(group: tuple[str, ...]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                main.switch(group, inputs[0])
-
-            return hook
-
-        paths_differ = ModelError(
-            f"batches take different paths through {self.prefix(index)[:-1]}; it is no dense layer"
-        )
-        handles = [layer.get_submodule(group[0]).register_forward_pre_hook(stop(group)) for group in groups]
-
-        def arrivals(group: tuple[str, ...]) -> Iterator[Tensor]:
-            for each in fibres:
-                arrived = each.switch()
-                if each.dead or arrived[0] != group:
-                    raise paths_differ
-                yield arrived[1]
-
-        try:
-            for group in groups:
-                inputs = arrivals(group)
-                visit(group, inputs)
-                for _ in inputs:
-                    pass
-            for each in fibres:
-                each.switch()
-                if not each.dead:
-                    raise paths_differ
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _keeps_batches(self, index: int, groups: Sequence[Group], activations: Activations) -> bool:
+        """Whether there is room for all batches inside a layer: a linear's input, and a few hidden states beside it."""
+        widest: int = max(self.layers[index].get_parameter(f"{group[0]}.weight").shape[1] for group in groups)
+        tokens = sum(math.prod(batch.shape[:2]) for batch in activations.hidden)
+        needed = tokens * (widest + _STATES_INSIDE * activations.hidden[0].shape[2]) * self.dtype.itemsize
+        return needed <= self.room
 
     def head_inputs(self, hidden: Tensor) -> Tensor:
         """What the output head gets for the last layer's `hidden` [B, S, D]."""

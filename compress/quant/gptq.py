@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.kernels import usable
 from compress.parallel import one_thread
-from compress.quant.grid import Grid, Quantized, quantize
+from compress.quant.grid import Grid, Quantized, round_levels_, to_codes
 from compress.quant.scales import Clip, group_scales
 
 _INNER = 16  # columns between two matrix products inside a block: rank-1 updates touch only these
-_ROWS_WORTH_THREADS = 8192  # in the column loop's products; with fewer, threads wait longer for each other than they work
+_ROWS_WORTH_THREADS = (
+    8192  # in the column loop's products; with fewer, threads wait longer for each other than they work
+)
 _DAMP_RETRIES = 6  # each ten times the damping before
 
 
@@ -88,7 +91,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
         trial.diagonal().copy_(diagonal[backwards] + added)
         lower, failed = torch.linalg.cholesky_ex(trial)
         pivots = lower.diagonal()
-        if not failed and bool(torch.isfinite(pivots).all()):
+        if bool((failed == 0) & torch.isfinite(pivots).all()):  # one question, for which a GPU is waited for once
             return Factor((lower / pivots).flip(0, 1), pivots.flip(0).square(), order, damp * 10**attempt)
     raise NumericalError(
         f"the Hessian of a layer with {hessian.shape[0]} inputs is not positive definite, even with "
@@ -110,6 +113,13 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quanti
     """
     rows, columns = weight.shape
     width = grid.columns_per_group(columns)
+    if usable(weight) and not grid.float8:
+        from compress.kernels.solver import solve  # here, because it imports triton
+
+        work = weight.t().contiguous()[factor.order].float()
+        weighs = importance(factor.pivot, clip)
+        codes, scales, zeros, loss = solve(work, factor.feedback, factor.pivot, weighs, grid, group_scales)
+        return _in_stored_order(codes, scales, zeros, factor.order, grid), loss
     work = weight.float().t()[factor.order]  # [I, O], rows in the visiting order
     error, levels = torch.empty_like(work), torch.empty_like(work)
     loss = work.new_zeros(rows)
@@ -150,7 +160,7 @@ def _quantize_group(
     for first in range(0, target.shape[0], _INNER):
         last = min(first + _INNER, target.shape[0])
         for column in range(first, last):
-            level = torch.div(target[column], scale, out=levels[column]).round_().clamp_(low, high)
+            level = round_levels_(torch.div(target[column], scale, out=levels[column]), low, high, grid)
             missed = torch.addcmul(weight[column], level, scale, value=-1, out=error[column])
             if column + 1 < last:
                 target[column + 1 : last].addr_(feedback[column, column + 1 : last], missed)
@@ -174,8 +184,9 @@ def round_to_nearest(weight: Tensor, importance: Tensor | None, grid: Grid) -> Q
         for g in range(columns // width)
     ]
     scale, zero = torch.stack([s for s, _ in found], 1), torch.stack([z for _, z in found], 1)
-    codes = quantize(grouped, scale[..., None], zero[..., None], grid.largest_code)
-    return Quantized(codes.to(torch.uint8).view(rows, columns), scale.to(grid.scale_dtype), zero.to(torch.uint8), grid)
+    low, high = -zero[..., None], grid.largest_code - zero[..., None]
+    codes = to_codes(round_levels_(grouped / scale[..., None], low, high, grid), zero[..., None], grid)
+    return Quantized(codes.view(rows, columns), scale.to(grid.scale_dtype), zero.to(torch.uint8), grid)
 
 
 def importance(pivot: Tensor, clip: Clip) -> Tensor | None:
@@ -195,7 +206,7 @@ def _in_stored_order(
     position = (order[::width] // width).argsort()  # visited position of each stored group
     scale, zero = torch.stack(list(scales), 1)[:, position], torch.stack(list(zeros), 1)[:, position]
     return Quantized(
-        codes=stored.t().to(torch.uint8).contiguous(),
+        codes=to_codes(stored.t(), 0, grid).contiguous(),
         scale=scale.to(grid.scale_dtype).contiguous(),
         zero=zero.to(torch.uint8).contiguous(),
         grid=grid,

@@ -8,13 +8,16 @@ error really causes in GPTQ, the squared pivot of the factor (Frantar et al., ar
 Shapes: R independent groups (rows, or rows x groups), g columns in a group.
 """
 
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from compress.kernels import usable
 from compress.parallel import on_cores
 from compress.quant.grid import Grid, store_scale
+from compress.quant.positive_scales import positive_scales
 
 Clip = Literal["none", "mse", "hessian"]
 
@@ -34,6 +37,13 @@ def group_scales(weight: Tensor, importance: Tensor | None, grid: Grid) -> tuple
     Returns:
         scale float32 [R] (exact in `grid.scale_dtype`) and zero float32 [R] (whole numbers).
     """
+    if grid.symmetric and not grid.signed_scale:
+        scale = positive_scales(weight, importance, grid)
+        return scale, torch.full_like(scale, 0 if grid.float8 else grid.middle)
+    if usable(weight):
+        from compress.kernels.scales import group_scales as fused  # here, because it imports triton
+
+        return fused(weight, importance, _shares(grid), grid)
     if importance is None:
         return _full_range(weight, grid)
     weight = weight.t().contiguous().t()  # one layout for every caller: sums in one order, so that ties fall alike
@@ -43,6 +53,13 @@ def group_scales(weight: Tensor, importance: Tensor | None, grid: Grid) -> tuple
     parts = -(-weight.numel() // _ELEMENTS_AT_ONCE)
     found = on_cores(lambda part: search(part, importance, grid), weight.chunk(parts))
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+@cache
+def _shares(grid: Grid) -> tuple[float, ...]:
+    """The ranges that the search tries, as shares of the extreme weight; a symmetric grid is one step short of it."""
+    widest = grid.middle / max(grid.middle - 1, 0.75) if grid.symmetric else 1.0
+    return tuple(torch.linspace(widest, _SHRINK[grid.bits], _STEPS).tolist())
 
 
 def _full_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -70,7 +87,7 @@ def _search_symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     full = _full_range(weight, grid)[0]
     low, high = -grid.middle, grid.middle - 1
     extreme = columns.abs().amax(0).clamp_(min=torch.finfo(torch.float32).tiny) / grid.middle
-    shares = torch.linspace(grid.middle / max(high, 0.75), _SHRINK[grid.bits], _STEPS, device=weight.device)
+    shares = torch.tensor(_shares(grid), device=weight.device)
     tried_KR = torch.cat([full[None], (extreme * torch.stack([shares, -shares], 1).flatten()[:, None])])
     codes_KgR = (columns / tried_KR[:, None]).round_().clamp_(low, high)
     cross_KR = (columns * importance[:, None] * codes_KgR).sum(1)
@@ -90,7 +107,7 @@ def _search_asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     scale, zero = _asymmetric_range(low, high, grid)
     best = torch.full_like(low, torch.inf)
-    for share in torch.linspace(1.0, _SHRINK[grid.bits], _STEPS).tolist():
+    for share in _shares(grid):
         tried, tried_zero = _asymmetric_range(low * share, high * share, grid)
         for _ in range(2):  # as it is, then with the scale fitted to its own codes
             codes = torch.round(weight / tried[:, None]).add_(tried_zero[:, None]).clamp_(0, grid.largest_code)

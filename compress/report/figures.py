@@ -201,6 +201,14 @@ def _matrix_row(layer: Layer, module: Module, low: float, high: float) -> Matrix
     return MatrixRow(layer.layer, inside if found else module.name, kind_of(module.name), module, bar)
 
 
+def precision(module: Module) -> str:
+    """What a matrix became: 4, 4 asym, fp8 dynamic, or int8 static (dynamic 0.12 %) where errors decided."""
+    if module.inputs is None:
+        return f"{module.bits}{'' if module.symmetric else ' asym'}"
+    others = [f"{method} {percent(error)}" for method, error in module.errors.items() if method != module.inputs]
+    return f"{module.dtype}8 {module.inputs}" + (f" ({', '.join(others)})" if others else "")
+
+
 def kind_of(name: str) -> str:
     """What a matrix is, from its module name: `model.layers.3.mlp.down_proj` is `down`."""
     return re.sub(r"_proj$", "", name.rpartition(".")[2])

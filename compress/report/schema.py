@@ -91,6 +91,8 @@ class Module(_Record):
 
     `error` is the relative output error ||(W - W^) X||^2 / ||W X||^2 on the calibration inputs (None without
     calibration), `weight_error` is ||W - W^||^2 / ||W||^2. `fallback` says what was used instead, and why.
+    `inputs` is how its inputs are rounded as the model runs (dynamic, static; None: not at all); `error` then counts
+    that too. `errors` are those under either, where one was chosen by them; `smooth` is SmoothQuant's power.
     """
 
     name: str
@@ -102,6 +104,10 @@ class Module(_Record):
     weight_error: float | None = None
     damp: float | None = None
     fallback: str | None = None
+    dtype: str = "int"
+    inputs: str | None = None
+    errors: dict[str, float] = {}
+    smooth: float | None = None
 
 
 class Layer(_Record):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from compress.data.calibration import TokenSet
 from compress.errors import UserError
+from compress.memory import available
+from compress.model.stream import TOKENS_PER_BATCH
 from compress.progress import Reporter
 
 
@@ -23,6 +25,7 @@ class Context:
         probe: token ids [1, S] on which the written checkpoint is compared with the model in memory.
         reporter: progress and warnings.
         trust_remote_code: as in transformers.
+        max_memory: bytes of the device's memory (of the machine's, on a CPU) that may be used; None is what is free.
     """
 
     device: torch.device
@@ -31,22 +34,42 @@ class Context:
     probe: Tensor
     reporter: Reporter
     trust_remote_code: bool
+    max_memory: int | None = None
+
+    def room(self, layer_bytes: int, widest: int, hidden: int) -> float:
+        """Bytes left for activations beside a layer (and the next one), its largest Hessian's solution and one batch.
+
+        Args:
+            layer_bytes: of a layer's weights.
+            widest: most inputs of a linear.
+            hidden: width of the hidden states.
+        """
+        batch = TOKENS_PER_BATCH[self.device.type] * (3 * widest + 6 * hidden) * self.dtype.itemsize
+        return available(self.device, self.max_memory) - 3 * layer_bytes - 20 * widest**2 - batch
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, max_memory: int | None = None) -> torch.device:
     """The device that `--device` names; auto is the first GPU, or else the CPU.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:<n>".
+        max_memory: bytes that torch may allocate on a GPU from here on.
 
     Raises:
         UserError: a device that is not there.
     """
     count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
+        name = "cuda" if count else "cpu"
     there = ["cpu", *(f"cuda:{index}" for index in range(count))]
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if max_memory is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory / total), device)
+    return device
 
 
 def pick_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:

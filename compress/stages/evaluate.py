@@ -13,8 +13,9 @@ from torch import Tensor
 from compress.artefact import fingerprint
 from compress.data.calibration import TokenSet
 from compress.evaluate.divergence import TokenDivergence, summarise, token_divergence
+from compress.export.dense import DenseView
 from compress.model.checkpoint import read_part, write_part
-from compress.model.stream import LayerStream, Source
+from compress.model.stream import LayerStream
 from compress.stages.context import Context
 
 CODE_VERSION = 1
@@ -22,19 +23,19 @@ CODE_VERSION = 1
 
 @torch.no_grad()
 def compare(
-    base: Source, candidate: Source, windows: TokenSet, context: Context, cache: Path, base_id: str
+    base: DenseView, candidate: DenseView, windows: TokenSet, context: Context, cache: Path, base_id: str
 ) -> dict[str, Any]:
     """Perplexity of both, KL(base || candidate) and agreement: a `compress.report.schema.Quality` as a dict.
 
     Args:
         base: the original.
-        candidate: what became of it, read as a dense model.
+        candidate: what became of it, read as a dense model; inputs are rounded where it says so.
         windows: tokens [W, S].
         context: where to compute.
         cache: folder in which the base's hidden states are kept.
         base_id: fingerprint of the base.
     """
-    streams = [LayerStream(s, context.device, context.dtype, context.trust_remote_code) for s in (base, candidate)]
+    streams = [open_view(v, context.device, context.dtype, context.trust_remote_code) for v in (base, candidate)]
     key = fingerprint("hidden", CODE_VERSION, base_id, windows.sha256, str(context.dtype))
     kept = cache / f"{key}.safetensors"
     if kept.exists():
@@ -60,6 +61,14 @@ def compare(
         sequence_length=windows.sequence_length,
         dtype=str(context.dtype).removeprefix("torch."),
     )
+
+
+def open_view(view: DenseView, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> LayerStream:
+    """The layer loop over a checkpoint, whose inputs it rounds where the checkpoint's runtime does."""
+    stream = LayerStream(view, device, dtype, trust_remote_code)
+    stream.inputs |= view.inputs
+    stream.caches |= view.caches
+    return stream
 
 
 def _last_hidden(stream: LayerStream, tokens: Tensor, context: Context, title: str) -> list[Tensor]:

@@ -7,9 +7,8 @@ layers with the weights that were written, which gives the activations that an u
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,25 @@ from compress.artefact import write_text
 from compress.errors import NumericalError, RecipeError
 from compress.export.formats import FORMATS
 from compress.memory import PeakMemory
+from compress.model.activations import Activations
 from compress.model.arch import ATTENDED
 from compress.model.attention import received_attention
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
-from compress.model.stream import Activations, LayerStream
+from compress.model.steps import Group
+from compress.model.stream import LayerStream
 from compress.plan import Matrix, find_modules, plan_matrices
-from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
-from compress.quant.grid import Grid, Quantized
-from compress.quant.statistics import gram
+from compress.quant.drift import Drift
+from compress.quant.grid import Grid, InputRounding
+from compress.quant.statistics import Gram, gram
 from compress.recipe import QuantizeStage
+from compress.recipe_eight_bit import EightBitStage
 from compress.report import schema
 from compress.stages.context import Context
+from compress.stages.eight_bit import InputScales
+from compress.stages.original import Original, Pairs
+from compress.stages.solve import Solved, Solver
 
-CODE_VERSION = 1  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 2  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
@@ -41,7 +46,7 @@ _NOT_COPIED = (  # by first and by last letters: weights, and what is written an
 )
 
 
-def quantize(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> schema.Stage:
+def quantize(spec: QuantizeStage | EightBitStage, parent: Checkpoint, output: Path, context: Context) -> schema.Stage:
     """Quantize the linears of a checkpoint.
 
     Args:
@@ -56,28 +61,21 @@ def quantize(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Con
     Raises:
         RecipeError: modules that the format or the group size can't hold.
         ModelError: damaged weights.
+        CalibrationError: text that gives no scales for the inputs.
         NumericalError: NaN or inf on the way.
         OutputError: nothing can be written.
     """
     return _Quantization(spec, parent, output, context).run()
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """One matrix after the solver, with what the report says of it."""
-
-    quantized: Quantized
-    module: schema.Module
-
-
 class _Quantization:
     """One quantize stage under way."""
 
-    def __init__(self, spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> None:
+    def __init__(self, spec: QuantizeStage | EightBitStage, parent: Checkpoint, output: Path, context: Context) -> None:
         self.spec, self.parent, self.output, self.context = spec, parent, output, context
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
-        self.format = FORMATS[spec.format]
+        self.format = FORMATS["8-bit" if isinstance(spec, EightBitStage) else spec.format]
         self.stored = _stored_dtype(parent)
         self.grids = {name: self._grid(matrix) for name, matrix in self.matrices.items()}
         problems = self.format.problems(
@@ -85,15 +83,31 @@ class _Quantization:
         )
         if problems:
             raise RecipeError([f"stages: {problem}" for problem in problems])
-        self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code)
+        self.solver = Solver(spec, self.grids)
+        room = self._room() / (2 if self.solver.correction else 1)
+        self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, room)
+        self.original: Original | None = None
+        self.inputs: InputScales | None = None
+        if isinstance(spec, EightBitStage):
+            self.inputs = InputScales(spec, self.matrices, self.grids, self.stream)
         self.resumed = 0
+
+    def _room(self) -> float:
+        """Bytes that activations may take."""
+        inside = {name: info for name, info in self.parent.tensors.items() if name.startswith(self.modules.layers)}
+        layers = {name.removeprefix(self.modules.layers).split(".")[1] for name in inside}
+        widths = [shape[1] for shape in self.modules.linears.values()]
+        return self.context.room(sum(info.bytes for info in inside.values()) // len(layers), max(widths), min(widths))
 
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]
 
     def _grid(self, matrix: Matrix) -> Grid:
         scale_dtype = self.format.scale_dtype(self.stored)
-        return Grid(matrix.bits, matrix.group_size, matrix.symmetric, scale_dtype, self.format.zero_minimum)
+        return Grid(
+            matrix.bits, matrix.group_size, matrix.symmetric, scale_dtype, self.format.zero_minimum,
+            signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
+        )  # fmt: skip
 
     @torch.no_grad()
     def run(self) -> schema.Stage:
@@ -121,16 +135,19 @@ class _Quantization:
         stream, records = self.stream, []
         outside = self._embed()
         probe = stream.start(self.context.probe)
-        activations = stream.start(self._calibration()) if self._calibrates else None
+        activations = stream.start(self._calibration()) if self.spec.calibrates else None
+        if self.solver.correction:
+            context = self.context
+            beside = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, stream.room)
+            self.original = Original(beside, self._calibration(), context.probe)
         with ThreadPoolExecutor(1, "write") as writer:
             writing: Future[None] | None = None
-            title = f"{self.spec.method} {self.spec.bits}-bit"
-            with self.context.reporter.task(title, stream.depth, "layer") as advance:
+            with self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
                 for index, part in enumerate(parts):
                     if part.exists():
                         records.append(self._replay(index, part, activations))
                     else:
-                        tensors, record = self._transform(index, activations)
+                        tensors, record = self._transform(index, activations, probe)
                         if writing is not None:
                             writing.result()
                         writing = writer.submit(write_part, part, tensors, {"layer": record.model_dump_json()})
@@ -144,12 +161,8 @@ class _Quantization:
         records += self._outside(outside, activations, probe)
         return records
 
-    @property
-    def _calibrates(self) -> bool:
-        return self.spec.method == "gptq"
-
     def _calibration(self) -> Tensor:
-        assert self.context.tokens is not None, "gptq needs calibration tokens"
+        assert self.context.tokens is not None, "the runner reads them where a stage calibrates"
         return self.context.tokens.tokens
 
     def _replay(self, index: int, part: Path, activations: Activations | None) -> schema.Layer:
@@ -157,8 +170,12 @@ class _Quantization:
         tensors, metadata = read_part(part)
         tensors = {name: tensor.to(self.context.device) for name, tensor in tensors.items()}
         self.stream.fill_layer(index, self._dense(tensors))
+        if self.inputs is not None:
+            self.inputs.restore(self.stream.prefix(index), tensors)
         if activations is not None:
             self.stream.run_layer(index, activations)
+        if self.original is not None:
+            self.original.run(index, self.stream.load_layer(index))
         return schema.Layer.model_validate_json(metadata["layer"])
 
     def _dense(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -176,27 +193,47 @@ class _Quantization:
             dense[f"{module}.weight"] = unpacked.dequantize(self.context.dtype)
         return dense
 
-    def _transform(self, index: int, activations: Activations | None) -> tuple[dict[str, Tensor], schema.Layer]:
+    def _transform(
+        self, index: int, activations: Activations | None, probe: Activations
+    ) -> tuple[dict[str, Tensor], schema.Layer]:
         """Quantize one layer; returns what is written for it and its record."""
         started = time.monotonic()
         stream, prefix = self.stream, self.stream.prefix(index)
         raw = stream.load_layer(index)
         _check_finite(raw)
         stream.fill_layer(index, raw)
-        solved: dict[str, _Solved] = {}
+        if self.inputs is not None:
+            self.inputs.prepare(index, raw, activations, probe)
+        solved: dict[str, Solved] = {}
         attended = {n for n in self.matrices if n.startswith(prefix) and n.rpartition(".")[2] in ATTENDED}
-        received = received_attention(stream, index, activations) if activations is not None and attended else None
+        solves = self.spec.weight_rounding == "gptq"
+        wanted = attended and solves
+        received = received_attention(stream, index, activations) if activations is not None and wanted else None
 
-        def visit(group: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        def visit(group: Group, pairs: Pairs, writing: Collection[str] = ()) -> None:
             names = [prefix + name for name in group if prefix + name in self.matrices]
             if not names:
                 return
-            batches = list(inputs)
-            found: dict[str, _Solved] = {}
-            weighted = [name for name in names if received is not None and name in attended]
-            for alike, weights in (([name for name in names if name not in weighted], None), (weighted, received)):
-                if alike:
-                    found |= self._solve({n: raw[f"{n}.weight"] for n in alike}, gram(batches, weights))
+            if self.inputs is not None:
+                pairs = ((batch, None) for batch in self.inputs.decide(names, (batch for batch, _ in pairs), raw))
+            alike: dict[tuple[bool, InputRounding | None], list[str]] = {}
+            for name in names:
+                change = None if self.inputs is None else self.inputs.rounding[name]
+                alike.setdefault((received is not None and name in attended, change), []).append(name)
+            sums = {kind: (Gram(), Drift()) for kind in alike}
+            for number, (batch, beside) in enumerate(pairs if solves else ()):
+                for (weighted, change), (hessian, drift) in sums.items():
+                    weight = received[number] if weighted and received is not None else None
+                    hessian.add(batch if change is None else change(batch), weight)
+                    if beside is not None:
+                        drift.add(batch, beside.original, weight, beside.residual)
+            found: dict[str, Solved] = {}
+            for kind, members in alike.items():
+                hessian, drift = sums.pop(kind)
+                carrying = {prefix + name for name in writing}
+                found |= self.solver.solve({n: raw[f"{n}.weight"] for n in members}, hessian.total(), drift, carrying)
+            if self.inputs is not None:
+                found = self.inputs.described(found, raw)
             solved.update(found)
             stream.fill_layer(
                 index, {f"{n}.weight": s.quantized.dequantize(self.context.dtype) for n, s in found.items()}
@@ -205,91 +242,54 @@ class _Quantization:
         if activations is None:
             for name in (name for name in self.matrices if name.startswith(prefix)):
                 visit((name.removeprefix(prefix),), iter(()))
+        elif self.original is not None:
+            for group, pairs, writing in self.original.beside(stream, index, activations, raw):
+                visit(group, pairs, writing)
         else:
-            stream.run_layer(index, activations, visit)
+            stream.run_layer(index, activations, lambda group, inputs: visit(group, ((x, None) for x in inputs)))
         missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
         if missed:
             raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
         modules = [each.module for each in solved.values()]  # in the order in which they are used
-        return self._packed(raw, solved), schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
+        tensors = self._packed(raw, solved) | ({} if self.inputs is None else self.inputs.tensors(solved))
+        return tensors, schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
 
-    def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, _Solved]) -> dict[str, Tensor]:
+    def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
         """Tensors to write: packed modules in place of their weights, the rest as it was stored."""
         kept = {name: tensor for name, tensor in raw.items() if name.removesuffix(".weight") not in solved}
         for name, each in solved.items():
             kept |= {f"{name}.{local}": tensor for local, tensor in self.format.pack(each.quantized).items()}
-        return {name: tensor.cpu() for name, tensor in kept.items()}
-
-    def _solve(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, _Solved]:
-        """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix."""
-        by_grid: dict[Grid, list[str]] = {}
-        for name in weights:
-            by_grid.setdefault(self.grids[name], []).append(name)
-        solved: dict[str, _Solved] = {}
-        for grid, names in by_grid.items():
-            stacked = torch.cat([weights[name] for name in names]).float()
-            whole, loss, damp, fallback = self._quantize(stacked, hessian, grid, names)
-            start = 0
-            for name in names:
-                rows = slice(start, start + weights[name].shape[0])
-                start = rows.stop
-                part = Quantized(whole.codes[rows], whole.scale[rows], whole.zero[rows], grid)
-                lost = None if loss is None else loss[rows].sum()
-                solved[name] = _Solved(part, _record(name, stacked[rows], part, hessian, lost, damp, fallback))
-        return solved
-
-    def _quantize(
-        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
-    ) -> tuple[Quantized, Tensor | None, float | None, str | None]:
-        """The spec's solver, or round-to-nearest where no damping repairs the Hessian.
-
-        Returns:
-            The matrix; each row's loss, the damping (None for round-to-nearest); why the solver was not used.
-        """
-        clip = self.spec.clip or ("mse" if hessian is None else "hessian")
-        if hessian is None:
-            return round_to_nearest(weight, importance(weight.new_ones(weight.shape[1]), clip), grid), None, None, None
-        diagonal = hessian.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
-            raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
-        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
-        try:
-            factor = factorize(hessian, order, self.spec.damp)
-        except NumericalError as error:
-            return round_to_nearest(weight, importance(diagonal, clip), grid), None, None, str(error)
-        quantized, loss = gptq(weight, factor, grid, clip)
-        return quantized, loss, factor.damp, None
+        return kept
 
     def _outer_names(self) -> list[str]:
         """Names of the tensors outside the decoder layers."""
         return [name for name in self.parent.tensors if not name.startswith(self.modules.layers + ".")]
 
-    def _embed(self) -> dict[str, _Solved]:
+    def _embed(self) -> dict[str, Solved]:
         """Quantize the token embeddings where the spec asks, before anything is computed from them."""
         name = self.modules.embeddings
         if name not in self.matrices:
             return {}
         weight = self.parent.load([f"{name}.weight"], self.context.device)
-        solved = self._solve({name: weight[f"{name}.weight"]}, None)
+        solved = self.solver.solve({name: weight[f"{name}.weight"]}, None)
         self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
         return solved
 
-    def _head(self, raw: Mapping[str, Tensor], activations: Activations | None) -> dict[str, _Solved]:
+    def _head(self, raw: Mapping[str, Tensor], activations: Activations | None) -> dict[str, Solved]:
         """Quantize the output head where the spec asks, on what the last layer and the final norm put out."""
         name = self.modules.head
         if name not in self.matrices:
             return {}
         weight = raw.get(f"{name}.weight", raw.get(f"{self.modules.embeddings}.weight"))
         assert weight is not None, "plan_matrices names a head only where its weights are"
-        hidden = [] if activations is None else activations.hidden
         with self.stream.outer():
-            hessian = gram(map(self.stream.head_inputs, hidden))
-            solved = self._solve({name: weight.to(self.context.device)}, hessian)
+            hessian = gram(map(self.stream.head_inputs, activations or ()))
+            solved = self.solver.solve({name: weight.to(self.context.device)}, hessian)
         self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
         return solved
 
     def _outside(
-        self, solved: dict[str, _Solved], activations: Activations | None, probe: Activations
+        self, solved: dict[str, Solved], activations: Activations | None, probe: Activations
     ) -> list[schema.Layer]:
         """Write embeddings, norm and head, and what the finished model says to the probe."""
         started = time.monotonic()
@@ -317,41 +317,18 @@ class _Quantization:
         unquantized += [self.stream.head] if self.modules.head not in self.matrices else []
         config: dict[str, Any] = dict(self.parent.config)
         grids = {self.stream.module_name(name): grid for name, grid in self.grids.items()}
-        config["quantization_config"] = self.format.config(grids, unquantized, self._embeddings())
+        config["quantization_config"] = self.format.config(
+            grids,
+            unquantized,
+            self._embeddings(),
+            self.inputs.rounding if self.inputs else {},
+            self.inputs is not None and self.inputs.caches,
+        )
         if self.modules.head in self.matrices:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in self.format.extra_files(config["quantization_config"]).items():
             write_text(folder / name, content)
-
-
-def _record(
-    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None,
-    fallback: str | None,
-) -> schema.Module:  # fmt: skip
-    """What the report says of a matrix; `loss` is the solver's (damped) one, computed here where there is none."""
-    missed = weight - quantized.dequantize()
-    error = None
-    if hessian is not None:
-        if loss is not None and damp is not None:
-            loss = loss - damp * hessian.diagonal().mean() * missed.square().sum()  # without the damping
-        else:
-            loss = _energy(missed, hessian)
-        error = max(0.0, _share(loss, _energy(weight, hessian)))
-    return schema.Module(
-        name=name, shape=(weight.shape[0], weight.shape[1]), bits=quantized.grid.bits, damp=damp, fallback=fallback,
-        group_size=quantized.grid.group_size, symmetric=quantized.grid.symmetric, error=error,
-        weight_error=_share(missed.square().sum(), weight.square().sum()),
-    )  # fmt: skip
-
-
-def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """||matrix X||^2 from X^T X."""
-    return ((matrix @ hessian) * matrix).sum()
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) > 0 else 0.0
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

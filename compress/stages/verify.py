@@ -16,9 +16,9 @@ from compress.evaluate.stock import Request, ask
 from compress.export.dense import DenseView
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint
-from compress.model.stream import LayerStream
 from compress.quant.grid import Grid
 from compress.report.schema import Verified
+from compress.stages.evaluate import open_view
 
 STOCK = "transformers AutoModelForCausalLM.from_pretrained"
 OWN = "streamed reader of the packed tensors"
@@ -39,14 +39,20 @@ def probe_of(logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> Probe:
 
 
 def verify_logits(
-    folder: Path, tokens: Tensor, expected: Tensor, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    folder: Path,
+    tokens: Tensor,
+    expected: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    max_memory: int | None = None,
 ) -> Verified:
     """Compare a checkpoint with the logits [S, V] that the model in memory gave for tokens [S].
 
     The stock loader is asked where it can open the format and the memory suffices, else our reader.
     """
     checkpoint = Checkpoint(folder)
-    refusal = _stock_refusal(checkpoint, device, dtype)
+    refusal = _stock_refusal(checkpoint, device, dtype, max_memory)
     if refusal is None:
         name = str(dtype).removeprefix("torch.")
         request = Request(str(folder), str(device), name, tokens.tolist(), trust_remote_code=trust_remote_code)
@@ -72,15 +78,21 @@ def _tolerance(expected: Tensor, dtype: torch.dtype) -> float:
     return _TOLERANCE[dtype] * float(expected.abs().max())
 
 
-def _stock_refusal(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> str | None:
+def _stock_refusal(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, max_memory: int | None = None
+) -> str | None:
     """Why the stock loader is not asked; None when it is."""
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method == "gptq":
         return "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
     view = DenseView(checkpoint)
-    elements = sum(_elements(info.shape, view.grids.get(n.removesuffix(".weight"))) for n, info in view.tensors.items())
+    packed = {name for name in view.tensors if view.tensors[name].dtype == "I32"}
+    elements = sum(
+        _elements(info.shape, view.grids.get(n.removesuffix(".weight")) if n in packed else None)
+        for n, info in view.tensors.items()
+    )
     needed = int(elements * dtype.itemsize * 1.3) + checkpoint.bytes
-    free = available(device)
+    free = available(device, max_memory)
     if needed > free:
         return f"the stock loader needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; not asked"
     return None
@@ -95,7 +107,7 @@ def own_logits(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> Tensor:
     """Logits [S, V], float32, of a checkpoint for tokens [S], streamed through our reader of its packed tensors."""
-    stream = LayerStream(DenseView(checkpoint), device, dtype, trust_remote_code)
+    stream = open_view(DenseView(checkpoint), device, dtype, trust_remote_code)
     activations = stream.start(tokens[None])
     for index in range(stream.depth):
         stream.fill_layer(index, stream.load_layer(index))

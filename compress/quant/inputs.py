@@ -1,0 +1,59 @@
+"""How the inputs of linears are rounded: static scales from calibration batches, and what rounding does to an output.
+
+Dimensions: N tokens, I inputs, O outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compress.quant.grid import InputRounding
+from compress.quant.observers import Observer, reach
+
+_TOKENS = 1024  # that errors are measured on
+
+
+def static_rounding(
+    batches: Sequence[Tensor], observer: Observer, float8: bool, scale_dtype: torch.dtype
+) -> InputRounding | None:
+    """One scale for all tokens, rounded to the dtype in which it is stored; None where all inputs are zero.
+
+    Raises:
+        CalibrationError: too few values for the observer.
+    """
+
+    def rounded(values: Tensor, reaches: Tensor) -> Tensor:
+        return InputRounding(float8, reaches / span)(values)
+
+    span = InputRounding(float8).span
+    scale = (reach(batches, observer, rounded) / span).to(scale_dtype).float()
+    return InputRounding(float8, scale) if bool(scale > 0) else None
+
+
+def sample(batches: Sequence[Tensor], tokens: int = _TOKENS) -> Tensor:
+    """Tokens [1, N, I], evenly spread over batches [B, S, I]; N is about `tokens`."""
+    there = sum(batch[..., 0].numel() for batch in batches)
+    step = max(1, there // tokens)
+    return torch.cat([batch.flatten(0, -2)[::step] for batch in batches])[None]
+
+
+def output_error(
+    inputs: Tensor, weights: Mapping[str, Tensor], stored: Mapping[str, Tensor], rounding: InputRounding
+) -> dict[str, float]:
+    """||X W^T - r(X) W^^T||^2 / ||X W^T||^2 of matrices that share an input.
+
+    Args:
+        inputs: X [1, N, I].
+        weights: W [O, I] by name, as they were.
+        stored: W^ [O, I], as they are stored.
+        rounding: r.
+    """
+    exact, rounded = inputs.float(), rounding(inputs).float()
+    errors = {}
+    for name, weight in weights.items():
+        wanted = exact @ weight.float().t()
+        energy = float(wanted.square().sum())
+        missed = float((wanted - rounded @ stored[name].float().t()).square().sum())
+        errors[name] = missed / energy if energy > 0 else 0.0
+    return errors

@@ -1,0 +1,113 @@
+"""The recipe's stage for 8-bit weights and activations. Never imports torch."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from compress.recipe_types import DAMP, Closed, Number, Text, parse_number, without_overridden
+
+
+class MethodOverride(Closed):
+    """How the inputs of the modules that a glob matches are quantized."""
+
+    method: Literal["dynamic", "static"] = Field(description="dynamic or static, as for the stage.")
+
+
+class EightBitStage(Closed):
+    """Store the weights of linear layers in 8 bits, and quantize their inputs to 8 bits as the model runs."""
+
+    act_order: ClassVar[bool] = True  # of columns; no group is torn
+    clip: ClassVar[None] = None
+
+    kind: Literal["quantize"] = Field(description="What the stage does: quantize.")
+    method: Literal["dynamic", "static", "auto"] = Field(
+        description="Scales of the inputs: of each token as the model runs (dynamic), one for all from calibration "
+        "text (static), or for each linear the one that its output error allows (auto)."
+    )
+    dtype: Literal["int8", "fp8"] = Field(default="int8", description="fp8 is e4m3: 4 bits of exponent, 3 of mantissa.")
+    weight_rounding: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="gptq compensates each column's rounding error in the columns after it; rtn only rounds.",
+    )
+    granularity: Literal["channel", "tensor", "block"] = Field(
+        default="channel",
+        description="Weights that share a scale: an output channel, the matrix, or 128 x 128 (fp8 only).",
+    )
+    symmetric: bool = Field(default=True, description="Only true: no runtime loads 8-bit weights with zero points.")
+    observer: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
+        default="minmax",
+        description="How a static range is found: the extremes, a moving average of the batches' extremes, the "
+        "99.99th percentile, or the range with the least rounding error.",
+    )
+    smooth: Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)] | Literal["auto"] | None = Field(
+        default=None,
+        description="SmoothQuant: large input channels move into the weights, by this power (0 to 1), or by the "
+        "power that gives each layer the least output error (auto).",
+    )
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None, description="fp8: calibrated scales for an 8-bit cache of keys and values."
+    )
+    budget: Number = Field(
+        default=0.05,
+        ge=0,
+        allow_inf_nan=False,
+        description="For auto: static is kept where it raises a linear's output error by at most this share.",
+    )
+    damp: Number = DAMP
+    overrides: dict[Text, MethodOverride] = Field(
+        default={}, description='Another method by glob on module names: {"*.down_proj": {method: dynamic}}.'
+    )
+    ignore: list[Text] = Field(default=[], description="Globs of modules to leave in 16 bits.")
+    format: Literal["compressed-tensors"] = Field(
+        default="compressed-tensors", description="Layout on disk. It opens in transformers and vLLM."
+    )
+
+    @field_validator("symmetric")
+    @classmethod
+    def _check_symmetric(cls, value: bool) -> bool:
+        if not value:
+            raise PydanticCustomError(
+                "symmetric", "no runtime loads 8-bit weights with zero points; remove it, or use method: gptq"
+            )
+        return value
+
+    @field_validator("granularity")
+    @classmethod
+    def _check_granularity(cls, value: str, info: ValidationInfo) -> str:
+        if value == "block" and info.data.get("dtype") == "int8":
+            raise PydanticCustomError("block", "block is for dtype: fp8; use channel or tensor")
+        if value == "block" and info.data.get("method") in ("static", "auto"):
+            raise PydanticCustomError("block", "block scales its inputs as the model runs; use method: dynamic")
+        return value
+
+    @field_validator("smooth", mode="before")
+    @classmethod
+    def _check_smooth(cls, value: object) -> object:
+        value = parse_number(value)
+        if value is not None and value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PydanticCustomError("smooth", "not a power")
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, value: dict[str, MethodOverride], info: ValidationInfo) -> dict[str, MethodOverride]:
+        if info.data.get("granularity") == "block" and any(each.method == "static" for each in value.values()):
+            raise PydanticCustomError("block", "granularity: block scales its inputs as the model runs; remove static")
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_ignore(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        return without_overridden(value, info)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the stage looks at calibration text."""
+        static = self.method != "dynamic" or any(each.method == "static" for each in self.overrides.values())
+        return static or self.weight_rounding == "gptq" or self.smooth is not None or self.kv_cache is not None
+
+    @property
+    def title(self) -> str:
+        """The stage in a few words."""
+        return f"{self.method} {self.dtype}"

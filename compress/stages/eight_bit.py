@@ -1,0 +1,170 @@
+"""What 8-bit inputs add to the quantize stage: how each linear's inputs are rounded, decided as they arrive.
+
+The layer loop goes on with rounded inputs, so that every later matrix is calibrated on what the finished model
+computes. Linears that share an input share the decision too: runtimes fuse them.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CalibrationError
+from compress.model.activations import Activations
+from compress.model.stream import LayerStream
+from compress.plan import Matrix
+from compress.quant.gptq import round_to_nearest
+from compress.quant.grid import Grid, InputRounding, Quantized
+from compress.quant.inputs import output_error, sample, static_rounding
+from compress.recipe_eight_bit import EightBitStage
+from compress.report.schema import Module
+from compress.stages.cache_scales import CacheScales
+from compress.stages.smoothing import Smoothing
+from compress.stages.solve import Solved
+
+
+class InputScales:
+    """How the inputs of a stage's linears are rounded.
+
+    Args:
+        spec: the stage.
+        matrices: its matrices, by name.
+        grids: their grids.
+        stream: the layer loop, which gets each decision as soon as it is made.
+
+    Attributes:
+        rounding: what was decided, by name.
+        errors: output errors under both methods where one was chosen by them.
+    """
+
+    def __init__(
+        self, spec: EightBitStage, matrices: Mapping[str, Matrix], grids: Mapping[str, Grid], stream: LayerStream
+    ) -> None:
+        self.spec, self.matrices, self.grids, self.stream = spec, matrices, grids, stream
+        self.rounding: dict[str, InputRounding] = {}
+        self.errors: dict[str, dict[str, float]] = {}
+        self._float8 = spec.dtype == "fp8"
+        self._smoothing = Smoothing(spec, matrices, grids, stream) if spec.smooth is not None else None
+        self._cache = CacheScales(stream, next(iter(grids.values())).scale_dtype) if spec.kv_cache else None
+        self._sample: Tensor | None = None
+
+    def prepare(
+        self, index: int, tensors: dict[str, Tensor], activations: Activations | None, probe: Activations
+    ) -> None:
+        """What a filled layer needs before its linears are visited: smoothed weights, scales of its cache.
+
+        Args:
+            index: the layer.
+            tensors: its tensors, by full name; smoothed ones are replaced, here and in the layer.
+            activations: in front of the layer.
+            probe: a few tokens in front of it.
+
+        Raises:
+            RecipeError: a layer that can't be smoothed, or whose cache no loader could round.
+        """
+        if activations is not None and self._smoothing is not None:
+            self._smoothing.fold(index, tensors, activations, probe)
+        if activations is not None and self._cache is not None:
+            self._cache.calibrate(index, activations)
+
+    def decide(self, names: Sequence[str], inputs: Iterable[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Settle how the inputs of linears that share them are rounded; returns the inputs.
+
+        Args:
+            names: the linears.
+            inputs: batches [B, S, I] of what they share; none where nothing is calibrated.
+            weights: the layer's tensors, by full name.
+
+        Raises:
+            CalibrationError: inputs that are all zero, or too few for the observer.
+        """
+        batches = list(inputs)
+        self._sample = sample(batches) if batches else None
+        width = self.grids[names[0]].group_size
+        choices = {"dynamic": InputRounding(self._float8, group_size=width)}
+        wanted = {name: self.matrices[name].inputs or "dynamic" for name in names}
+        if set(wanted.values()) != {"dynamic"}:
+            choices["static"] = self._static(names, batches)
+        chosen = [name for name in names if wanted[name] == "auto"]
+        if chosen:
+            best = self._choose({n: weights[f"{n}.weight"] for n in chosen}, choices)
+            wanted |= dict.fromkeys(chosen, best)
+        self._settle({name: choices[wanted[name]] for name in names})
+        return batches
+
+    def _settle(self, decided: Mapping[str, InputRounding]) -> None:
+        self.rounding |= decided
+        self.stream.inputs |= decided
+
+    def _static(self, names: Sequence[str], batches: Sequence[Tensor]) -> InputRounding:
+        where = ", ".join(names)
+        try:
+            found = static_rounding(batches, self.spec.observer, self._float8, self.grids[names[0]].scale_dtype)
+        except CalibrationError as error:
+            raise CalibrationError(f"{where}: {error}") from None
+        if found is None:
+            raise CalibrationError(
+                f"{where}: all inputs are zero on the calibration text, which gives no scale; "
+                "add it to ignore, use method: dynamic for it, or calibrate on other text"
+            )
+        return found
+
+    def _choose(self, weights: Mapping[str, Tensor], choices: Mapping[str, InputRounding]) -> str:
+        """Static where it raises the mean output error by no more than the budget, with weights rounded to nearest."""
+        assert self._sample is not None, "auto calibrates"
+        stored = {}
+        for name, weight in weights.items():
+            ones = torch.ones(weight.shape[1], device=weight.device)
+            stored[name] = round_to_nearest(weight.float(), ones, self.grids[name]).dequantize()
+        found = {method: output_error(self._sample, weights, stored, each) for method, each in choices.items()}
+        for name in weights:
+            self.errors[name] = {method: errors[name] for method, errors in found.items()}
+        static, dynamic = (sum(found[method].values()) for method in ("static", "dynamic"))
+        return "static" if static <= (1 + self.spec.budget) * dynamic else "dynamic"
+
+    def described(self, solved: Mapping[str, Solved], weights: Mapping[str, Tensor]) -> dict[str, Solved]:
+        """The linears that were decided last, with errors that count the rounding of their inputs too."""
+        return {
+            name: replace(each, module=self._describe(each.module, each.quantized, weights))
+            for name, each in solved.items()
+        }
+
+    def _describe(self, module: Module, quantized: Quantized, weights: Mapping[str, Tensor]) -> Module:
+        name, rounding = module.name, self.rounding[module.name]
+        more: dict[str, Any] = {"inputs": "dynamic" if rounding.scale is None else "static"}
+        if self._sample is not None:
+            weight, stored = {name: weights[f"{name}.weight"]}, {name: quantized.dequantize()}
+            more["error"] = output_error(self._sample, weight, stored, rounding)[name]
+        if self._smoothing is not None:
+            more["smooth"] = self._smoothing.alphas.get(name)
+        return module.model_copy(update=more | {"errors": self.errors.get(name, {})})
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Static scales [1] of these linears and of their layer's cache, by full name, as they are stored."""
+        scales = {} if self._cache is None else self._cache.tensors(next(iter(names)))
+        for name in names:
+            scale = self.rounding[name].scale
+            if scale is not None:
+                scales[f"{name}.input_scale"] = scale.to(self.grids[name].scale_dtype).view(1)
+        return scales
+
+    def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what was decided for a finished layer.
+
+        Args:
+            prefix: of the layer.
+            tensors: what was written for it.
+        """
+        for name in (name for name in self.matrices if name.startswith(prefix)):
+            scale = tensors.get(f"{name}.input_scale")
+            stored = None if scale is None else scale.float().view(())
+            self._settle({name: InputRounding(self._float8, stored, self.grids[name].group_size)})
+        if self._cache is not None:
+            self._cache.restore(tensors)
+
+    @property
+    def caches(self) -> bool:
+        """Whether the checkpoint has scales for a cache."""
+        return self._cache is not None

@@ -1,0 +1,153 @@
+"""SmoothQuant in the layer loop: a look at each layer's inputs, then scales folded into its weights.
+
+The look is a pass of its own through the layer, so that what is calibrated, replayed and written is the folded layer.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.model.activations import Activations
+from compress.model.folds import Fold, apply_fold, find_folds, gain_offset
+from compress.model.stream import LayerStream
+from compress.plan import Matrix
+from compress.quant.grid import Grid
+from compress.quant.inputs import sample
+from compress.quant.smooth import best_alpha, smoothing_scale
+from compress.recipe_eight_bit import EightBitStage
+
+_TOKENS = 512  # that powers are compared on
+
+
+class Smoothing:
+    """Folds scales into layers.
+
+    Args:
+        spec: the stage.
+        matrices: to quantize, by full name.
+        grids: their grids.
+        stream: the layer loop.
+
+    Attributes:
+        alphas: the power that each linear's inputs got, by full name.
+    """
+
+    def __init__(
+        self, spec: EightBitStage, matrices: Mapping[str, Matrix], grids: Mapping[str, Grid], stream: LayerStream
+    ) -> None:
+        self.spec, self.matrices, self.grids, self.stream = spec, matrices, grids, stream
+        self.alphas: dict[str, float] = {}
+        self._folds: dict[str, Fold] | None = None
+
+    def fold(self, index: int, tensors: dict[str, Tensor], activations: Activations, probe: Activations) -> None:
+        """Smooth a filled layer; its weights in `tensors` (full names) and in the layer become the folded ones.
+
+        Raises:
+            RecipeError: a layer whose inputs come from where no scales can go.
+        """
+        prefix = self.stream.prefix(index)
+        if self._folds is None:
+            self._folds = self._find(index, probe)
+        folds = self._folds
+        local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def look(group: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+            if group[0] in folds:
+                batches = list(inputs)
+                largest = torch.stack([batch.abs().flatten(0, -2).amax(0).float() for batch in batches]).amax(0)
+                seen[group[0]] = largest, sample(batches, _TOKENS)
+
+        self.stream.run_layer(index, activations.copy(), look)
+        found = {name: self._scale(folds[name], local, *seen[name], prefix) for name in folds}
+        for name, scale in found.items():
+            if scale is not None:
+                apply_fold(local, folds[name], scale, lambda linear: prefix + linear in self.grids)
+        tensors |= {prefix + name: tensor for name, tensor in local.items()}
+        self.stream.fill_layer(index, tensors)
+
+    def _scale(
+        self, fold: Fold, local: Mapping[str, Tensor], largest: Tensor, inputs: Tensor, prefix: str
+    ) -> Tensor | None:
+        """Scales [P] of a fold; None where smoothing does not help, or where nothing behind it is quantized."""
+        wanted = [name for name in fold.group if prefix + name in self.grids]
+        if not wanted:
+            return None
+        channels = local[f"{fold.producer}.weight"].shape[0]
+        weights = [local[f"{name}.weight"] for name in wanted]
+        columns = fold.gather(torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0), channels)
+        reach = fold.gather(largest, channels)
+
+        def scale(alpha: float) -> Tensor:
+            return smoothing_scale(reach, columns, alpha)
+
+        alpha = self.spec.smooth
+        if alpha == "auto":
+            width = largest.numel()
+            static = self.matrices[prefix + wanted[0]].inputs == "static"  # auto mostly ends at dynamic
+            grid = self.grids[prefix + wanted[0]]
+            alpha = best_alpha(inputs, weights, lambda a: fold.spread(scale(a), width), static, grid)
+        if alpha is None:
+            return None
+        self.alphas |= dict.fromkeys((prefix + name for name in wanted), float(alpha))
+        return scale(float(alpha))
+
+    def _find(self, index: int, probe: Activations) -> dict[str, Fold]:
+        stream, layer, prefix = self.stream, self.stream.layers[index], self.stream.prefix(index)
+        hidden = probe.get(0)
+        arguments = probe.of_layer(index, hidden)
+
+        def run() -> Tensor:
+            out = layer(hidden, **arguments)
+            whole: Tensor = out[0] if isinstance(out, tuple) else out
+            return whole
+
+        config = stream.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        groups = stream.groups(index, probe)
+        folds = find_folds(layer, groups, run, head_dim)
+        sources = _norms_before(layer, run)
+        for position, group in enumerate(groups):
+            source = sources.get(group[0])
+            if group[0] in folds or (source is None and position):
+                continue
+            names = ", ".join(prefix + name for name in group)
+            if source is None:
+                reason = "their inputs come from no norm or linear that scales could go into"
+            elif gain_offset(layer.get_submodule(source)) is None:
+                reason = f"their inputs come from {prefix}{source}, a norm of an unknown form"
+            else:
+                reason = f"what {prefix}{source} puts out goes elsewhere too (a residual branch)"
+            raise RecipeError([f"smooth: {names} can't be smoothed: {reason}; use smooth: null"])
+        return folds
+
+
+def _norms_before(layer: torch.nn.Module, run: Any) -> dict[str, str]:
+    """The norm whose output each linear gets as it is, by local names."""
+    out: list[tuple[Tensor, str]] = []
+    found: dict[str, str] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, __, output: out.append((output, name))
+
+    def look(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            found.update((name, norm) for tensor, norm in out if tensor is inputs[0])
+
+        return hook
+
+    handles = []
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(look(name), prepend=True))
+        elif not list(module.children()) and isinstance(getattr(module, "weight", None), Tensor):
+            handles.append(module.register_forward_hook(note(name)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

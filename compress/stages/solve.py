@@ -1,0 +1,126 @@
+"""Matrices through the solver that a stage's spec asks for, and what the report says of them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.quant.drift import Drift
+from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
+from compress.quant.grid import Grid, Quantized
+from compress.recipe import QuantizeStage
+from compress.recipe_eight_bit import EightBitStage
+from compress.report import schema
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One matrix after the solver, with what the report says of it."""
+
+    quantized: Quantized
+    module: schema.Module
+
+
+def describe(
+    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None,
+    fallback: str | None,
+) -> schema.Module:  # fmt: skip
+    """What the report says of a matrix; `loss` is the solver's (damped) one, computed here where there is none."""
+    missed = weight - quantized.dequantize()
+    error = None
+    if hessian is not None:
+        if loss is not None and damp is not None:
+            loss = loss - damp * hessian.diagonal().mean() * missed.square().sum()  # without the damping
+        else:
+            loss = _energy(missed, hessian)
+        error = max(0.0, _share(loss, _energy(weight, hessian)))
+    return schema.Module(
+        name=name, shape=(weight.shape[0], weight.shape[1]), bits=quantized.grid.bits, damp=damp, fallback=fallback,
+        group_size=quantized.grid.group_size, symmetric=quantized.grid.symmetric, error=error,
+        weight_error=_share(missed.square().sum(), weight.square().sum()),
+        dtype="fp" if quantized.grid.float8 else "int",
+    )  # fmt: skip
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """||matrix X||^2 from X^T X, to three digits on a GPU, whose matrix units are worth it."""
+    dtype = torch.bfloat16 if matrix.device.type == "cuda" else torch.float32
+    return ((matrix.to(dtype) @ hessian.to(dtype)) * matrix).sum()
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else 0.0
+
+
+class Solver:
+    """Quantizes matrices as a stage's spec says.
+
+    Args:
+        spec: the stage.
+        grids: of its matrices, by name.
+
+    Attributes:
+        correction: share of the inputs' drift that weights are moved to make good; 0 where the spec has none.
+    """
+
+    def __init__(self, spec: QuantizeStage | EightBitStage, grids: Mapping[str, Grid]) -> None:
+        self.spec, self.grids = spec, grids
+        self.correction = spec.correction if isinstance(spec, QuantizeStage) else 0.0
+
+    def solve(
+        self,
+        weights: Mapping[str, Tensor],
+        hessian: Tensor | None,
+        drift: Drift | None = None,
+        carrying: Collection[str] = (),
+    ) -> dict[str, Solved]:
+        """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix.
+
+        Args:
+            weights: [O, I] each, by name.
+            hessian: of their inputs.
+            drift: of their inputs.
+            carrying: those whose output joins the residual stream.
+        """
+        by_grid: dict[tuple[Grid, str, bool], list[str]] = {}
+        for name in weights:
+            alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale
+            by_grid.setdefault((self.grids[name], alone, name in carrying), []).append(name)
+        solved: dict[str, Solved] = {}
+        for (grid, _, carries), names in by_grid.items():
+            stacked = target = torch.cat([weights[name] for name in names]).float()
+            if drift is not None and hessian is not None:
+                target = drift.correct(stacked, hessian, self.correction, carries)
+            whole, loss, damp, fallback = self._quantize(target, hessian, grid, names)
+            start = 0
+            for name in names:
+                rows = slice(start, start + weights[name].shape[0])
+                start = rows.stop
+                part = Quantized(whole.codes[rows], whole.scale[rows], whole.zero[rows], grid)
+                lost = None if loss is None else loss[rows].sum()
+                solved[name] = Solved(part, describe(name, target[rows], part, hessian, lost, damp, fallback))
+        return solved
+
+    def _quantize(
+        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
+    ) -> tuple[Quantized, Tensor | None, float | None, str | None]:
+        """The spec's solver, or round-to-nearest where no damping repairs the Hessian.
+
+        Returns:
+            The matrix; each row's loss, the damping (None for round-to-nearest); why the solver was not used.
+        """
+        clip = self.spec.clip or ("mse" if hessian is None else "hessian")
+        if hessian is None:
+            return round_to_nearest(weight, importance(weight.new_ones(weight.shape[1]), clip), grid), None, None, None
+        diagonal = hessian.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
+        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
+        try:
+            factor = factorize(hessian, order, self.spec.damp)
+        except NumericalError as error:
+            return round_to_nearest(weight, importance(diagonal, clip), grid), None, None, str(error)
+        quantized, loss = gptq(weight, factor, grid, clip)
+        return quantized, loss, factor.damp, None

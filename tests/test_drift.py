@@ -1,0 +1,120 @@
+"""The correction of drift against least squares in float64, and what it is worth on a trained model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_models import load_stock, make_model, random_tokens
+from small_model import TRAINED
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPTNeoXConfig, PreTrainedConfig
+
+from compress.data.calibration import TokenSet, load_calibration
+from compress.model.checkpoint import Checkpoint
+from compress.model.steps import carriers
+from compress.model.stream import LayerStream
+from compress.progress import Reporter
+from compress.quant.drift import Drift
+from compress.quant.statistics import Gram
+from compress.recipe import CalibrationSpec, QuantizeStage, bundled_dir
+from compress.stages.context import Context
+from compress.stages.quantize import quantize
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_correction_is_the_ridge_regression_onto_the_original_outputs(
+    weighted: bool, carries: bool, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    weight, batches = draw(7, 12), []
+    drift, gram = Drift(), Gram()
+    for _ in range(3):
+        x0 = draw(2, 10, 12)
+        x, r0, r = x0 + 0.2 * draw(2, 10, 12), draw(2, 10, 7), draw(2, 10, 7)
+        w = torch.rand(2, 10, generator=generator) if weighted else None
+        gram.add(x, w)
+        drift.add(x, x0, w, (r, r0))
+        batches.append((x, x0, r, r0, torch.ones(2, 10) if w is None else w))
+    hessian = gram.total()
+    assert hessian is not None
+    found = drift.correct(weight, hessian, share, carries)
+    x, x0, r, r0 = (torch.cat([b[i].flatten(0, 1) for b in batches]).double().numpy() for i in range(4))
+    root = np.sqrt(torch.cat([b[4].flatten() for b in batches]).double().numpy())[:, None]
+    wanted = (x0 - x) @ weight.double().numpy().T + (r0 - r if carries else 0)
+    ridge = np.sqrt(0.1 * float(hessian.diagonal().mean())) * np.eye(12)
+    moved = np.linalg.lstsq(np.vstack([root * x, ridge]), np.vstack([root * wanted, np.zeros((12, 7))]), rcond=None)[0]
+    assert np.allclose(found.numpy(), weight.numpy() + share * moved.T, atol=1e-4)
+
+
+def test_without_drift_nothing_is_corrected() -> None:
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(1))
+    drift, gram, weight = Drift(), Gram(), torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    drift.add(x, x, None, None)
+    gram.add(x)
+    hessian = gram.total()
+    assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5, False), weight)
+
+
+CPU = torch.device("cpu")
+NEOX = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 4096,
+}
+GEMMA = NEOX | {"num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, {"self_attn.o_proj", "mlp.down_proj"}),
+        (Gemma2Config(**GEMMA), set()),  # norms stand between
+        (GPTNeoXConfig(**NEOX, use_parallel_residual=True), set()),  # both are added at once
+        (GPTNeoXConfig(**NEOX, use_parallel_residual=False), {"attention.dense", "mlp.dense_4h_to_h"}),
+    ],
+    ids=["llama", "gemma2", "gpt_neox", "gpt_neox in sequence"],
+)
+def test_linears_that_write_to_the_residual_stream_are_found(
+    config: PreTrainedConfig | None, expected: set[str], tmp_path: Path
+) -> None:
+    if config is None:
+        folder = make_model(tmp_path / "model")
+    else:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder := tmp_path / "model")
+    with torch.no_grad():
+        stream = LayerStream(Checkpoint(folder), CPU, torch.bfloat16)
+        activations = stream.start(random_tokens(1, 12))
+        layer = stream.fill_layer(0, stream.load_layer(0))
+
+        def run() -> torch.Tensor:
+            stream.run_layer(0, activations)
+            return activations.get(0)
+
+        assert carriers(layer, run) == expected
+
+
+def test_a_trained_model_is_closer_to_its_original_with_the_correction(tmp_path: Path) -> None:
+    """KL in stock transformers, on other text than that of the calibration."""
+    tokenizer = AutoTokenizer.from_pretrained(TRAINED)
+    source = bundled_dir("calibration") / "text" / "general_en.jsonl.gz"
+    spec = CalibrationSpec(source=str(source), samples=40, sequence_length=128)
+    ids = load_calibration(spec, tokenizer).tokens
+    calibration, held_out = ids[:32], ids[32:]
+    base, kl = load_stock(TRAINED, torch.float32), {}
+    for share in (0.0, 0.5):
+        context = Context(
+            CPU, torch.float32, TokenSet(calibration, "t", "t", None), held_out[:1], Reporter(quiet=True), False
+        )
+        spec = QuantizeStage(kind="quantize", bits=3, group_size=64, drift_correction=share)
+        quantize(spec, Checkpoint(TRAINED), tmp_path / str(share), context)
+        found = load_stock(tmp_path / str(share) / "checkpoint", torch.float32)
+        with torch.no_grad():
+            p, q = (m(held_out, use_cache=False).logits.log_softmax(-1) for m in (base, found))
+        kl[share] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert kl[0.5] < 0.97 * kl[0.0]

@@ -1,0 +1,228 @@
+"""SmoothQuant: folds that hold are found and exact, others are refused; observers against plain definitions."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import make_model, random_tokens
+from torch import Tensor, nn
+
+from compress.data.calibration import TokenSet
+from compress.errors import CalibrationError, RecipeError
+from compress.model.checkpoint import Checkpoint
+from compress.model.folds import Fold, apply_fold, find_folds, gain_offset
+from compress.model.stream import LayerStream
+from compress.progress import Reporter
+from compress.quant.grid import InputRounding
+from compress.quant.inputs import static_rounding
+from compress.quant.observers import reach
+from compress.quant.smooth import smoothing_scale
+from compress.recipe_eight_bit import EightBitStage
+from compress.stages.context import Context
+from compress.stages.quantize import quantize
+
+CPU = torch.device("cpu")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi3": {},
+    "starcoder2": {},
+}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = {
+    QKV: "input_layernorm",
+    ("self_attn.o_proj",): "self_attn.v_proj",
+    ("mlp.gate_proj", "mlp.up_proj"): "post_attention_layernorm",
+    ("mlp.down_proj",): "mlp.up_proj",
+}
+FOLDS = {
+    "gemma2": LLAMA | {("mlp.gate_proj", "mlp.up_proj"): "pre_feedforward_layernorm"},
+    "gpt_neox": {("attention.query_key_value",): "input_layernorm", ("mlp.dense_h_to_4h",): "post_attention_layernorm"},
+    "opt": {
+        QKV: "self_attn_layer_norm",
+        ("self_attn.out_proj",): "self_attn.v_proj",
+        ("fc1",): "final_layer_norm",
+        ("fc2",): "fc1",  # through a ReLU, which scales along
+    },
+    "phi3": {("self_attn.qkv_proj",): "input_layernorm", ("mlp.gate_up_proj",): "post_attention_layernorm"},
+    "starcoder2": {
+        QKV: "input_layernorm",
+        ("self_attn.o_proj",): "self_attn.v_proj",
+        ("mlp.c_fc",): "post_attention_layernorm",  # and none through the GELU
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+Opened = tuple[LayerStream, Callable[[], Tensor], dict[str, Tensor], list[tuple[str, ...]]]
+
+
+def first_layer(folder: Path, dtype: torch.dtype) -> Opened:
+    """The stream, what runs its first layer, now filled, its tensors by local name, linears that share an input."""
+    stream = LayerStream(Checkpoint(folder), CPU, dtype)
+    activations = stream.start(random_tokens(2, 12), 2)
+    tensors = stream.load_layer(0)
+    layer = stream.fill_layer(0, tensors)
+    hidden = activations.hidden[0]
+
+    def run() -> Tensor:
+        out = layer(hidden, **activations.of_layer(0, hidden))
+        return out[0] if isinstance(out, tuple) else out
+
+    local = {name.removeprefix(stream.prefix(0)): tensor for name, tensor in tensors.items()}
+    return stream, run, local, stream.groups(0, activations)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_folds_are_found_and_exact_in_float64(family: str, stored: torch.dtype, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family, dtype=stored, **CONFIGS[family])
+    stream, run, tensors, groups = first_layer(folder, torch.float32)
+    folds = find_folds(stream.layers[0], groups, run, 16)
+    assert {fold.group: fold.producer for fold in folds.values()} == FOLDS.get(family, LLAMA)
+    stream, run, _, _ = first_layer(folder, torch.float64)
+    before, folded = run(), dict(tensors)
+    for index, fold in enumerate(folds.values()):
+        channels = tensors[f"{fold.producer}.weight"].shape[0]
+        scale = torch.exp2(torch.randn(channels, generator=torch.Generator().manual_seed(index)) * 2)
+        apply_fold(folded, fold, scale, lambda name: True)
+    changed = [name for name in tensors if not torch.equal(tensors[name].float(), folded[name].float())]
+    assert len(changed) >= 2 * len(folds)
+    stream.fill_layer(0, {stream.prefix(0) + name: tensor for name, tensor in folded.items()})
+    after = run()
+    assert float((after - before).norm() / before.norm()) < 1e-6  # float32 products are rounded
+
+
+def test_norms_of_both_forms_and_of_neither() -> None:
+    class Cubed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight**3
+
+    class Shifted(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight)
+
+    assert [gain_offset(norm) for norm in (nn.RMSNorm(8), nn.LayerNorm(8), Shifted(8), Cubed())] == [0, 0, 1, None]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_stays_in_16_bits_is_not_rounded(bias: bool) -> None:
+    """A fold into weights that are not quantized takes powers of two: the values are those of before, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    norm, weight = torch.rand(8, generator=generator) + 0.5, torch.randn(4, 8, generator=generator)
+    tensors = {"norm.weight": norm.bfloat16(), "fc.weight": weight.bfloat16()}
+    tensors |= {"norm.bias": torch.randn(8, generator=generator).bfloat16()} if bias else {}
+    before = dict(tensors)
+    scale = torch.rand(8, generator=generator) * 5 + 0.1
+    apply_fold(tensors, Fold(("fc",), "norm", 0.0), scale, lambda name: False)
+    used = before["norm.weight"].float() / tensors["norm.weight"].float()
+    assert torch.equal(used.log2(), used.log2().round()) and bool(((used / scale).log2().abs() <= 0.51).all())
+    for name in tensors:
+        factor = used if name == "fc.weight" else 1 / used
+        assert torch.equal(tensors[name].float(), before[name].float() * factor)
+
+
+def test_a_residual_branch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose residual takes the norm's output, as BLOOM's may."""
+    from transformers.models.llama import modeling_llama
+
+    usual = modeling_llama.LlamaDecoderLayer.forward
+
+    def forward(self: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        return usual(self, hidden_states, **arguments) + 0.01 * self.input_layernorm(hidden_states)
+
+    folder = make_model(tmp_path / "model")
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(RecipeError) as caught:
+        quantize(stage(), Checkpoint(folder), tmp_path / "work", context())
+    assert str(caught.value) == (
+        "smooth: model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj "
+        "can't be smoothed: what model.layers.0.input_layernorm puts out goes elsewhere too (a residual branch); "
+        "use smooth: null"
+    )
+
+
+def test_inputs_that_come_from_no_norm_are_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "olmo2")  # whose norms come behind attention and MLP
+    with pytest.raises(RecipeError, match=r"^smooth: model\.layers\.0\.self_attn\.q_proj.* from no norm or linear"):
+        quantize(stage(), Checkpoint(folder), tmp_path / "work", context())
+
+
+def stage() -> EightBitStage:
+    return EightBitStage(kind="quantize", method="static", smooth=0.5)
+
+
+def context() -> Context:
+    tokens = TokenSet(random_tokens(4, 24, 1), "random", "random", None)
+    return Context(CPU, torch.bfloat16, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
+
+
+def test_smoothing_scale_is_the_papers() -> None:
+    x, w = torch.tensor([8.0, 2.0, 0.5]), torch.tensor([2.0, 2.0, 2.0])
+    scale = smoothing_scale(x, w, 0.5)
+    plain = (x / w).sqrt()
+    assert torch.allclose(scale / scale[0], plain / plain[0]) and float(scale.log().mean().abs()) < 1e-6
+    assert torch.allclose(smoothing_scale(x, w, 0.0), torch.ones(3))  # equal weights: nothing to move
+
+
+# ---- observers
+
+
+def batches(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 128, 512, generator=generator) * (1 + index) for index in range(3)]
+
+
+def test_observers_are_what_they_say() -> None:
+    data = batches()
+    values = torch.cat([batch.abs().flatten() for batch in data])
+    extremes = [float(batch.abs().max()) for batch in data]
+    assert float(reach(data, "minmax")) == max(extremes)
+    mean = extremes[0] + 0.1 * (extremes[1] - extremes[0])
+    assert float(reach(data, "moving_average")) == pytest.approx(mean + 0.1 * (extremes[2] - mean))
+    exact = float(values.sort().values[int(0.9999 * values.numel())])
+    assert float(reach(data, "percentile")) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_mse_range_loses_least(float8: bool) -> None:
+    """Against the true error of many ranges, each measured on all values."""
+    data = batches()
+    values = torch.cat([batch.flatten() for batch in data])[None, None]
+    found = static_rounding(data, "mse", float8, torch.float32)
+    assert found is not None and found.scale is not None
+
+    def loss(rounding: InputRounding) -> float:
+        return float((rounding(values) - values).square().mean())
+
+    top = values.abs().max()
+    others = [loss(InputRounding(float8, top * share / found.span)) for share in torch.linspace(0.1, 1.2, 45)]
+    assert loss(found) <= 1.02 * min(others)
+
+
+@given(st.sampled_from(["minmax", "moving_average", "percentile", "mse"]))
+@settings(deadline=None)
+def test_zeros_give_no_scale(observer: Any) -> None:
+    assert static_rounding([torch.zeros(1, 4, 8)], observer, False, torch.bfloat16) is None
+
+
+def test_too_few_values_for_a_percentile() -> None:
+    with pytest.raises(CalibrationError, match="needs 100,000"):
+        reach([torch.ones(1, 8, 8)], "percentile")
