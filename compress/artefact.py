@@ -179,13 +179,17 @@ def commit(finished: Path, final: Path) -> None:
 def publish(artefact: Path, output: Path) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
-        target = output / file.name
         if file.suffix == ".safetensors":
-            try:
-                os.link(file, target)
-                continue
-            except OSError:
-                pass  # another file system: copy
+            link_or_copy(file, output / file.name)
+        else:
+            shutil.copy2(file, output / file.name)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` another name of `file`, or a copy where the file system has no hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
         shutil.copy2(file, target)
 
 

@@ -3,6 +3,7 @@
     DscompressError            1  something went wrong that the user could not have known
     ├── NumericalError         1  NaN or inf in activations, a Hessian that no damping repairs
     ├── VerificationError      1  the stock loader disagrees with what was computed
+    ├── PeerError              1  another process of the same run is gone
     └── UserError              2  a mistake in a recipe, a path, a model folder, an option
         ├── RecipeError        2  one or more problems of a recipe, each with file:line
         ├── ModelError         2  a model folder, file or id that can't be used
@@ -28,6 +29,10 @@ class NumericalError(DscompressError):
 
 class VerificationError(DscompressError):
     """A written checkpoint, opened by the stock loader, differs from what was computed."""
+
+
+class PeerError(DscompressError):
+    """One of the processes that share a run ended or can't be reached."""
 
 
 class UserError(DscompressError):

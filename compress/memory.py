@@ -54,7 +54,8 @@ def _free(device: "torch.device") -> int:
     if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, and free
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = physical()
     with suppress(OSError, StopIteration, ValueError):
         rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -62,6 +63,9 @@ def _free(device: "torch.device") -> int:
     with suppress(OSError, ValueError):  # a container's limit (cgroup v2)
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):  # as `ulimit -v` and `-d` set them
+        allowed = resource.getrlimit(kind)[0]
+        free = free if allowed == resource.RLIM_INFINITY else min(free, allowed)
     return free
 
 

@@ -26,11 +26,12 @@ class Reporter:
 
     Args:
         quiet: only warnings and errors.
+        silent: nothing at all; for all but one of the processes that share a run.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self.quiet = quiet or silent
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:

@@ -8,11 +8,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import distributed
 from compress.artefact import (
     RECORD,
     Record,
@@ -31,7 +32,7 @@ from compress.artefact import (
     write_text,
     writing,
 )
-from compress.errors import DscompressError, OutputError
+from compress.errors import DscompressError, OutputError, UserError
 from compress.machine import machine
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint, read_part
@@ -39,7 +40,7 @@ from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.plan import calibration_of, check_vocabulary, open_model, parameter_count, plan_matrices, quantized_bytes
 from compress.progress import Reporter
-from compress.recipe import EvaluateSpec, Recipe
+from compress.recipe import EvaluateSpec, QuantizeStage, Recipe
 from compress.report import schema
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Options:
     max_memory: int | None = None
 
 
-def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
-    """Run a recipe to its report.
+def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report | None:
+    """Run a recipe to its report; None in a process that only helped another one with the stages.
 
     Raises:
         UserError: something in the recipe, the model, the text or the folders that the user can mend.
@@ -82,11 +83,14 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> schema.Report:
     """
     output = Path(recipe.output).resolve()  # behind a link: what is replaced is the folder, not the link
     work = work_folder(output, options.work_dir)
-    check_output(output)
-    if work == output or output in work.parents:
-        raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
-    make_writable(output.parent)
-    with RunLock(work), writing(work), _fitting():
+    leads = distributed.rank() == 0
+    if leads:
+        check_output(output)
+        if work == output or output in work.parents:
+            raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
+        make_writable(output.parent)
+    with RunLock(work) if leads else nullcontext(), writing(work), _fitting():
+        distributed.barrier()
         return _Run(recipe, options, reporter, output, work).run()
 
 
@@ -113,9 +117,10 @@ class _Run:
         self.output, self.work = output, work
         self.started = time.monotonic()
 
-    def run(self) -> schema.Report:
-        recipe, say = self.recipe, self.reporter.say
-        base = open_model(resolve_model(recipe.model, recipe.revision, self.work, say), recipe)
+    def run(self) -> schema.Report | None:
+        recipe = self.recipe
+        self._check_divisible()
+        base = open_model(self._model(), recipe)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)
         windows = self._windows(recipe.evaluate, tokenizer) if recipe.evaluate is not None else None
@@ -127,6 +132,8 @@ class _Run:
         for spec in recipe.stages:
             parent, parent_id, stage = self._stage(spec, parent, parent_id, base_id, context)
             stages.append(stage)
+        if not distributed.leave():
+            return None
         verified = self._verify(parent, parent_id, context)
         quality = self._evaluate(base, base_id, parent, parent_id, windows, context)
         generations, note = self._generate(base, base_id, parent, parent_id, context)
@@ -141,6 +148,21 @@ class _Run:
         )  # fmt: skip
         self._publish(parent.folder, report)
         return report
+
+    def _check_divisible(self) -> None:
+        """Whether the stages can be split over several processes."""
+        world = distributed.world()
+        for number, spec in enumerate(self.recipe.stages):
+            if world > 1 and not isinstance(spec, QuantizeStage):
+                raise UserError(
+                    f"stages.{number}: method: {spec.method} runs in one process and there are {world}; remove --nproc"
+                )
+
+    def _model(self) -> Path:
+        """The model's folder; rank 0 gets it before others look for it, which may be on other machines."""
+        model, revision, say = self.recipe.model, self.recipe.revision, self.reporter.say
+        distributed.first(lambda: resolve_model(model, revision, self.work, say))
+        return resolve_model(model, revision, self.work, say)
 
     def _context(self, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> "Context":
         """Device, precision and calibration tokens."""
@@ -163,7 +185,12 @@ class _Run:
     def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
         from compress.data.calibration import load_calibration
 
-        tokens = load_calibration(calibration_of(self.recipe), tokenizer)
+        tokens = distributed.first(lambda: load_calibration(calibration_of(self.recipe), tokenizer))
+        if tokens.sequences < distributed.world():
+            raise UserError(
+                f"calibration: {tokens.sequences} sequences are fewer than the {distributed.world()} processes; "
+                "use more samples or fewer processes"
+            )
         for warning in tokens.warnings:
             self.reporter.warn(warning)
         self.reporter.say(f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}")

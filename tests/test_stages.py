@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from compress.model.checkpoint import Checkpoint, read_part
 from compress.progress import Reporter
 from compress.quant.grid import Grid, Quantized
 from compress.recipe import Override, QuantizeStage
+from compress.stages import quantize as quantize_module
 from compress.stages import solve as solve_module
 from compress.stages import verify
 from compress.stages.context import Context
@@ -266,6 +268,23 @@ def test_parents_of_other_dtypes(
     check_logits(tmp_path, torch.float32)
     scale = {"compressed-tensors": stored, "gptq": torch.float16}[format]
     assert {q.grid.scale_dtype for _, q in solved} == {scale}
+
+
+def test_a_large_checkpoint_is_its_parts_as_shards(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(spec(), Checkpoint(models()), tmp_path / "one", context())
+    monkeypatch.setattr(quantize_module, "merge_parts", partial(quantize_module.merge_parts, max_shard_bytes=1))
+    quantize(spec(), Checkpoint(models()), tmp_path / "many", context())
+    one, many = tmp_path / "one" / "checkpoint", tmp_path / "many" / "checkpoint"
+    assert len(list(many.glob("model-0000?-of-00003.safetensors"))) == 3
+    whole, parts = load_file(one / "model.safetensors"), {}
+    for shard in many.glob("*.safetensors"):
+        parts |= load_file(shard)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in parts.values())
+    check_logits(tmp_path / "many")
 
 
 def test_the_record_says_what_each_matrix_lost(models: Callable[..., Path], tmp_path: Path) -> None:

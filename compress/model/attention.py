@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from compress.distributed import all_reduce, total
 from compress.model.activations import Activations
 from compress.model.stream import LayerStream
 
@@ -75,8 +76,8 @@ def received_attention(stream: LayerStream, index: int, activations: Activations
     """Weights of the tokens in the Hessian of a filled layer's value and key projections.
 
     Returns:
-        A tensor [B, S] for each batch, positive, with mean 1 over all tokens; each key-value head counts the same. None
-        for a layer whose attention does not go through transformers' attention interface.
+        A tensor [B, S] for each batch, positive, with mean 1 over all tokens (of all processes); each key-value head
+        counts the same. None for a layer whose attention does not go through transformers' attention interface.
     """
     config = stream.model.config
     usual = config._attn_implementation
@@ -92,6 +93,6 @@ def received_attention(stream: LayerStream, index: int, activations: Activations
                 return None
     finally:
         config._attn_implementation = usual
-    tokens = sum(part[0].numel() for part in seen)
-    means = torch.stack([part.sum((1, 2)) for part in seen]).sum(0) / tokens  # of each key-value head
+    tokens = total(sum(part[0].numel() for part in seen))
+    means = all_reduce(torch.stack([part.sum((1, 2)) for part in seen]).sum(0)) / tokens  # of each key-value head
     return [(part / means[:, None, None]).mean(0) for part in seen]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.artefact import unwritable
+from compress.artefact import link_or_copy, unwritable
 from compress.errors import ModelError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -198,7 +198,7 @@ def write_part(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[st
 
     temporary = file.with_suffix(".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata})
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(file)
@@ -214,38 +214,28 @@ def read_part(file: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
 
 
 def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Join parts into the shards of a checkpoint folder, with an index when there are several.
+    """Make a checkpoint folder's weights of parts: one file, or where that is too large each part as a shard.
 
-    Bytes are copied from file to file; nothing is loaded. Parts are kept whole, so a shard exceeds
-    `max_shard_bytes` only when one part does.
+    Nothing is loaded. Shards are links to the parts where the disk allows, so that no byte is written twice.
     """
-    shards: list[list[Path]] = [[]]
-    filled = 0
-    for part in parts:
-        size = part.stat().st_size
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(part)
-        filled += size
-    if len(shards) == 1:
-        _write_shard(shards[0], folder / SINGLE)
+    if sum(part.stat().st_size for part in parts) <= max_shard_bytes:
+        _join(parts, folder / SINGLE)
         return
     placed: dict[str, str] = {}
     total = 0
-    for number, members in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for info in _write_shard(members, folder / name).items():
-            placed[info[0]] = name
-            total += info[1]
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        link_or_copy(part, folder / name)
+        for tensor, info in _read_header(part).items():
+            placed[tensor] = name
+            total += info.bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(parts: Sequence[Path], file: Path) -> dict[str, int]:
-    """Concatenate the tensors of parts into one safetensors file; returns each tensor's bytes."""
+def _join(parts: Sequence[Path], file: Path) -> None:
+    """Concatenate the tensors of parts into one safetensors file, from file to file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    sizes: dict[str, int] = {}
     offset = 0
     starts: list[tuple[Path, int]] = []
     for part in parts:
@@ -257,7 +247,6 @@ def _write_shard(parts: Sequence[Path], file: Path) -> dict[str, int]:
         for name, row in rows.items():
             begin, end = row["data_offsets"]
             header[name] = {**row, "data_offsets": [offset + begin, offset + end]}
-            sizes[name] = end - begin
         offset += max((row["data_offsets"][1] for row in rows.values()), default=0)
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -269,4 +258,3 @@ def _write_shard(parts: Sequence[Path], file: Path) -> dict[str, int]:
                 shutil.copyfileobj(raw, out, 1 << 24)
         out.flush()
         os.fsync(out.fileno())
-    return sizes

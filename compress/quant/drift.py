@@ -44,7 +44,13 @@ class Drift:
             after, before = residual
             self._residual = _add_product(self._residual, _weighed(before - after, root_N1), x_NI)
 
-    def correct(self, weight: Tensor, hessian: Tensor, share: float, carries: bool) -> Tensor:
+    def sums(self) -> list[Tensor]:
+        """What was added up, to be summed in place over parts of the calibration."""
+        return [total for total in (self._inputs, self._residual) if total is not None]
+
+    def correct(
+        self, weight: Tensor, hessian: Tensor, share: float, carries: bool, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
         """The weights to quantize.
 
         Args:
@@ -52,6 +58,7 @@ class Drift:
             hessian: X^T X, float32 [I, I], over the same tokens and weights.
             share: of the way to W'.
             carries: whether the output is added to the residual stream as it is.
+            rows: which of the matrix's rows `weight` holds.
 
         Raises:
             NumericalError: NaN or inf in the inputs.
@@ -60,7 +67,7 @@ class Drift:
             return weight
         wanted = weight @ self._inputs
         if carries and self._residual is not None:
-            wanted += self._residual
+            wanted += self._residual[rows]
         damped = hessian.clone()
         damped.diagonal().add_(_DAMP * hessian.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress import distributed
 from compress.data.calibration import TokenSet
 from compress.errors import UserError
 from compress.memory import available
@@ -45,7 +46,10 @@ class Context:
             hidden: width of the hidden states.
         """
         batch = TOKENS_PER_BATCH[self.device.type] * (3 * widest + 6 * hidden) * self.dtype.itemsize
-        return available(self.device, self.max_memory) - 3 * layer_bytes - 20 * widest**2 - batch
+        free = available(self.device, self.max_memory)
+        if self.device.type == "cpu":
+            free //= distributed.here()  # the processes on one machine share its memory
+        return free - 3 * layer_bytes - 20 * widest**2 - batch
 
 
 def pick_device(name: str, max_memory: int | None = None) -> torch.device:

@@ -7,7 +7,7 @@ layers with the weights that were written, which gives the activations that an u
 import json
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress import distributed
 from compress.artefact import write_text
 from compress.errors import NumericalError, RecipeError
 from compress.export.formats import FORMATS
@@ -113,25 +114,33 @@ class _Quantization:
     def run(self) -> schema.Stage:
         started, memory = time.monotonic(), PeakMemory(self.context.device)
         parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(self.stream.depth)]
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.resumed = sum(part.exists() for part in parts)
+        if distributed.rank() == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+        finished = distributed.first(lambda: [part.exists() for part in parts])
+        self.resumed = sum(finished)
         if self.resumed:
             self.context.reporter.say(f"continuing behind {self.resumed} finished layers")
         _check_finite(self.parent.load(self._outer_names()))
-        layers = self._layers(parts)
-        self._finish([self.output / _OUTER, *parts])
+        layers = self._layers(parts, finished)
+        if distributed.rank() == 0:
+            self._finish([self.output / _OUTER, *parts])
         fallbacks = sum(1 for layer in layers for module in layer.modules if module.fallback)
         if fallbacks:
             self.context.reporter.warn(f"{fallbacks} of {len(self.matrices)} matrices fell back to round-to-nearest")
         host, gpu = memory.peak()
         return schema.Stage(
             kind=self.spec.kind, spec=self.spec.model_dump(mode="json"), seconds=time.monotonic() - started,
-            peak_memory_bytes=host, peak_gpu_memory_bytes=gpu, cached=False, device=str(self.context.device),
+            peak_memory_bytes=host, peak_gpu_memory_bytes=gpu, cached=False, device=self._where(),
             dtype=str(self.context.dtype).removeprefix("torch."), resumed_layers=self.resumed, layers=layers,
         )  # fmt: skip
 
-    def _layers(self, parts: list[Path]) -> list[schema.Layer]:
-        """Run all layers, then what lies outside of them; one part is written for each."""
+    def _where(self) -> str:
+        """The device, for the record."""
+        device, world = self.context.device, distributed.world()
+        return str(device) if world == 1 else f"{world} x {device.type}"
+
+    def _layers(self, parts: list[Path], finished: Sequence[bool]) -> list[schema.Layer]:
+        """Run all layers, then what lies outside of them; one part is written for each that was not finished before."""
         stream, records = self.stream, []
         outside = self._embed()
         probe = stream.start(self.context.probe)
@@ -144,13 +153,14 @@ class _Quantization:
             writing: Future[None] | None = None
             with self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
                 for index, part in enumerate(parts):
-                    if part.exists():
+                    if finished[index]:
                         records.append(self._replay(index, part, activations))
                     else:
                         tensors, record = self._transform(index, activations, probe)
                         if writing is not None:
                             writing.result()
-                        writing = writer.submit(write_part, part, tensors, {"layer": record.model_dump_json()})
+                        if distributed.rank() == 0:
+                            writing = writer.submit(write_part, part, tensors, {"layer": record.model_dump_json()})
                         records.append(record)
                     stream.run_layer(index, probe)
                     stream.empty_layer(index)
@@ -162,8 +172,9 @@ class _Quantization:
         return records
 
     def _calibration(self) -> Tensor:
+        """This process's sequences."""
         assert self.context.tokens is not None, "the runner reads them where a stage calibrates"
-        return self.context.tokens.tokens
+        return self.context.tokens.tokens[distributed.rank() :: distributed.world()]
 
     def _replay(self, index: int, part: Path, activations: Activations | None) -> schema.Layer:
         """Put a finished layer's weights back and run it."""
@@ -299,8 +310,9 @@ class _Quantization:
             raw.pop(f"{self.modules.head}.weight", None)  # stored once
         with self.stream.outer():
             logits = self.stream.logits(probe.hidden[0])[0]
-        write_part(self.output / _OUTER, self._packed(raw, solved), {})
-        write_part(self.output / PROBE, {"logits": logits.float().cpu()}, {})
+        if distributed.rank() == 0:
+            write_part(self.output / _OUTER, self._packed(raw, solved), {})
+            write_part(self.output / PROBE, {"logits": logits.float().cpu()}, {})
         modules = [each.module for each in solved.values()]
         return [schema.Layer(layer=None, seconds=time.monotonic() - started, modules=modules)] if modules else []
 

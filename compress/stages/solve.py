@@ -1,4 +1,7 @@
-"""Matrices through the solver that a stage's spec asks for, and what the report says of them."""
+"""Matrices through the solver that a stage's spec asks for, and what the report says of them.
+
+Rows of a matrix are independent once its Hessian is known: each of several processes solves a share of them.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress import distributed
 from compress.errors import NumericalError
 from compress.quant.drift import Drift
 from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
@@ -23,35 +27,53 @@ class Solved:
     module: schema.Module
 
 
-def describe(
-    name: str, weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None,
-    fallback: str | None,
-) -> schema.Module:  # fmt: skip
-    """What the report says of a matrix; `loss` is the solver's (damped) one, computed here where there is none."""
+def measure(
+    weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None
+) -> Tensor:
+    """Squares of each row: of its weights, of their errors and, with a Hessian, of its outputs and their errors.
+
+    Returns:
+        [O, 2] or [O, 4]. `loss` [O] is the solver's (damped) output error, computed here where there is none.
+    """
     missed = weight - quantized.dequantize()
-    error = None
+    squares = [weight.square().sum(1), missed.square().sum(1)]
     if hessian is not None:
         if loss is not None and damp is not None:
-            loss = loss - damp * hessian.diagonal().mean() * missed.square().sum()  # without the damping
+            loss = loss - damp * hessian.diagonal().mean() * squares[1]  # without the damping
         else:
             loss = _energy(missed, hessian)
-        error = max(0.0, _share(loss, _energy(weight, hessian)))
+        squares += [_energy(weight, hessian), loss]
+    return torch.stack(squares, 1)
+
+
+def describe(
+    name: str, quantized: Quantized, squares: Tensor, damp: float | None, fallback: str | None
+) -> schema.Module:
+    """What the report says of a matrix, from its rows' `squares`."""
+    rows, columns = quantized.codes.shape
+    weights, missed, *outputs = squares.sum(0)
+    error = max(0.0, _share(outputs[1], outputs[0])) if outputs else None
     return schema.Module(
-        name=name, shape=(weight.shape[0], weight.shape[1]), bits=quantized.grid.bits, damp=damp, fallback=fallback,
+        name=name, shape=(rows, columns), bits=quantized.grid.bits, damp=damp, fallback=fallback,
         group_size=quantized.grid.group_size, symmetric=quantized.grid.symmetric, error=error,
-        weight_error=_share(missed.square().sum(), weight.square().sum()),
-        dtype="fp" if quantized.grid.float8 else "int",
+        weight_error=_share(missed, weights), dtype="fp" if quantized.grid.float8 else "int",
     )  # fmt: skip
 
 
 def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """||matrix X||^2 from X^T X, to three digits on a GPU, whose matrix units are worth it."""
+    """||row X||^2 of each row, from X^T X, to three digits on a GPU, whose matrix units are worth it."""
     dtype = torch.bfloat16 if matrix.device.type == "cuda" else torch.float32
-    return ((matrix.to(dtype) @ hessian.to(dtype)) * matrix).sum()
+    return ((matrix.to(dtype) @ hessian.to(dtype)) * matrix).sum(1)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
     return float(part / whole) if float(whole) > 0 else 0.0
+
+
+def _gather(part: Quantized, rows: int) -> Quantized:
+    """The whole matrix, of which each process has its share."""
+    codes, scale, zero = (distributed.gather_rows(each, rows) for each in (part.codes, part.scale, part.zero))
+    return Quantized(codes, scale, zero, part.grid)
 
 
 class Solver:
@@ -80,27 +102,33 @@ class Solver:
 
         Args:
             weights: [O, I] each, by name.
-            hessian: of their inputs.
-            drift: of their inputs.
+            hessian: of their inputs in this process; summed over all processes here.
+            drift: of their inputs, likewise.
             carrying: those whose output joins the residual stream.
         """
+        for part in (*([] if hessian is None else [hessian]), *([] if drift is None else drift.sums())):
+            distributed.all_reduce(part)
         by_grid: dict[tuple[Grid, str, bool], list[str]] = {}
         for name in weights:
             alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale
             by_grid.setdefault((self.grids[name], alone, name in carrying), []).append(name)
         solved: dict[str, Solved] = {}
         for (grid, _, carries), names in by_grid.items():
-            stacked = target = torch.cat([weights[name] for name in names]).float()
+            shares = {name: weights[name][distributed.rows(len(weights[name]))] for name in names}
+            target = torch.cat(list(shares.values())).float()
             if drift is not None and hessian is not None:
-                target = drift.correct(stacked, hessian, self.correction, carries)
-            whole, loss, damp, fallback = self._quantize(target, hessian, grid, names)
+                own = distributed.rows(len(weights[names[0]]))
+                target = drift.correct(target, hessian, self.correction, carries, own)
+            found, loss, damp, fallback = self._quantize(target, hessian, grid, names)
             start = 0
-            for name in names:
-                rows = slice(start, start + weights[name].shape[0])
+            for name, share in shares.items():
+                rows = slice(start, start + len(share))
                 start = rows.stop
-                part = Quantized(whole.codes[rows], whole.scale[rows], whole.zero[rows], grid)
-                lost = None if loss is None else loss[rows].sum()
-                solved[name] = Solved(part, describe(name, target[rows], part, hessian, lost, damp, fallback))
+                part = Quantized(found.codes[rows], found.scale[rows], found.zero[rows], grid)
+                squares = measure(target[rows], part, hessian, None if loss is None else loss[rows], damp)
+                whole = _gather(part, len(weights[name]))
+                squares = distributed.gather_rows(squares, len(weights[name]))
+                solved[name] = Solved(whole, describe(name, whole, squares, damp, fallback))
         return solved
 
     def _quantize(

@@ -27,7 +27,10 @@ PROBE_TEXT = """The library stood at the corner of two quiet streets. In 1923 it
 and asked for one thing only: that nobody should ever be turned away. What would you have written above the door?
 def area(radius): return 3.14159 * radius ** 2
 Les livres ne manquent jamais de lecteurs; die Leser brauchen nur Zeit."""
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest logit
+# Of the largest logit. On one machine all witnesses run the same operations, and have never differed so far; another
+# machine adds in another order.
+_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+_ELSEWHERE = 5
 
 
 def probe_of(logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> Probe:
@@ -142,7 +145,7 @@ def verify_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype, tr
         checks.append(Check("record", None, "no dscompress.json: what was computed is not known"))
     else:
         at_best = own.gather(1, torch.tensor(record.probe.best)[:, None])[:, 0]
-        checks.append(_compared("record", at_best, torch.tensor(record.probe.logit), dtype, OWN))
+        checks.append(_compared("record", at_best, torch.tensor(record.probe.logit), dtype, OWN, _ELSEWHERE))
     refusal = _stock_refusal(checkpoint, device, dtype)
     if refusal is not None:
         return [*checks, Check("stock loader", None, refusal)]
@@ -165,8 +168,8 @@ def _files(checkpoint: Checkpoint, record: Record | None) -> Check:
     return Check("files", True, f"{size}, all as they were written (SHA-256)")
 
 
-def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader: str) -> Check:
-    difference, tolerance = float((one - other).abs().max()), _tolerance(other, dtype)
+def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader: str, slack: int = 1) -> Check:
+    difference, tolerance = float((one - other).abs().max()), slack * _tolerance(other, dtype)
     detail = f"{loader}: largest difference of a logit {difference:.2g}, allowed {tolerance:.2g}"
     return Check(name, difference <= tolerance, detail)
 

@@ -1,0 +1,295 @@
+"""Several processes that work as one, on one machine or on many: calibration sequences and rows of matrices are split.
+
+torch's launcher starts the processes (`launch`, or torchrun by hand) and ends all when one ends badly; a process that it
+started joins the others and takes a GPU of its own. All hold the same weights at any time and only rank 0 writes. In a
+run of one process everything here does nothing, and torch.distributed is not imported.
+
+Left out: splitting a layer's weights. One layer and its Hessians fit a GPU, and splitting tokens costs less traffic.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from compress.errors import DscompressError, PeerError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # with another process that computes; the launcher sees to one that has ended
+_PREPARING = timedelta(days=1)  # with rank 0 while it downloads
+_GRACE = timedelta(seconds=10)  # in which a process that has failed says so itself
+_FAILURES, _CODE = "failures", "code"
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
+
+
+@dataclass
+class _Joined:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    here: int
+    device: str
+    store: "Store"
+    threads: int
+    shared: int = 0
+
+
+_joined: _Joined | None = None
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return all(name in os.environ for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+
+
+def launch(processes: int, device: str, arguments: Sequence[str]) -> int:
+    """Run the command in several processes on this machine, and wait for them.
+
+    Args:
+        processes: how many.
+        device: "auto", "cpu" or "cuda".
+        arguments: of the command, without its name.
+
+    Returns:
+        The exit code: of the process that failed first, else 0.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+        DscompressError: a process was killed.
+    """
+    if launched():
+        raise UserError(f"--nproc {processes}: a launcher has started this process already; remove --nproc")
+    _device(device, processes, 0)
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    command = ["-m", "compress.cli", *arguments, "--nproc", "1"]
+    try:
+        with tempfile.TemporaryDirectory() as logs:
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
+                rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )  # fmt: skip
+            elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        raise DscompressError(
+            f"process {rank} of {processes} was killed ({name}); run the same command again to continue"
+        ) from None
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+def join(device: str) -> str:
+    """Join the other processes that a launcher has started; returns the device of this one.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; any where this process is the only one.
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+    """
+    global _joined
+    if not launched():
+        return device
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # a launcher that is killed leaves none behind
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=_PREPARING))
+    threads = torch.get_num_threads()
+    _joined = _Joined(rank, world, here, device, dist.PrefixStore("dscompress", store), threads)
+    _joined.device = _device(device, here, local)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads // here))
+    with _together():
+        if _joined.device == "cpu":
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+        else:
+            own = torch.device(_joined.device)
+            torch.cuda.set_device(own)
+            dist.init_process_group(
+                "nccl", store=store, rank=rank, world_size=world, timeout=_PATIENCE, device_id=own
+            )
+    return _joined.device
+
+
+def leave() -> bool:
+    """End working together, when rank 0 gets here; returns whether this process goes on alone, which rank 0 does."""
+    global _joined
+    if _joined is None:
+        return True
+    import torch
+    import torch.distributed as dist
+
+    barrier()
+    rank = _joined.rank
+    torch.set_num_threads(_joined.threads)
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)  # what this process starts from here on is alone
+    _joined = None
+    return rank == 0
+
+
+def rank() -> int:
+    """Number of this process; 0 is the one that writes."""
+    return 0 if _joined is None else _joined.rank
+
+
+def world() -> int:
+    """Number of processes."""
+    return 1 if _joined is None else _joined.world
+
+
+def here() -> int:
+    """Number of processes on this machine."""
+    return 1 if _joined is None else _joined.here
+
+
+def first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, in all processes; they wait for it, as long as it takes."""
+    if _joined is None:
+        return make()
+    import torch.distributed as dist
+
+    made = [make() if _joined.rank == 0 else None]
+    _joined.shared += 1
+    key = f"made {_joined.shared}"
+    with _together():
+        if _joined.rank == 0:
+            _joined.store.set(key, "")
+        else:
+            _joined.store.wait([key], _PREPARING)
+        dist.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait for rank 0 to get here."""
+    first(lambda: None)
+
+
+def all_reduce(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Sum over the processes, in place; all get the same bits."""
+    if _joined is not None:
+        import torch.distributed as dist
+
+        with _together():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def total(number: int) -> int:
+    """Sum of a number over the processes."""
+    if _joined is None:
+        return number
+    import torch
+
+    return int(all_reduce(torch.tensor(number, device=_joined.device)))
+
+
+def rows(count: int) -> "torch.Tensor | slice":
+    """Which of a matrix's rows are this process's; the last one is repeated where the shares would be uneven."""
+    if _joined is None:
+        return slice(None)
+    import torch
+
+    each = -(-count // _joined.world)
+    start = _joined.rank * each
+    return torch.arange(start, start + each, device=_joined.device).clamp_(max=count - 1)
+
+
+def gather_rows(part: "torch.Tensor", count: int) -> "torch.Tensor":
+    """All `count` rows, in order, of a tensor of which each process has its `rows`."""
+    if _joined is None:
+        return part
+    import torch.distributed as dist
+
+    whole = part.new_empty(_joined.world * part.shape[0], *part.shape[1:])
+    with _together():
+        dist.all_gather_into_tensor(whole, part.contiguous())
+    return whole[:count]
+
+
+def failed(error: DscompressError, say: Callable[[], None]) -> int:
+    """End with an error that is said once, however many processes meet it.
+
+    Args:
+        error: what this process ends with.
+        say: tells the user; called in the process that fails first.
+
+    Returns:
+        The exit code, that of the first failure.
+    """
+    if _joined is None:
+        say()
+        return error.exit_code
+    store = _joined.store
+    try:
+        if isinstance(error, PeerError):  # the one that is gone may tell why, or its launcher ends this one
+            with suppress(RuntimeError):
+                store.wait([_CODE], _GRACE)
+        if store.add(_FAILURES, 1) > 1:
+            return int(store.get(_CODE))
+    except RuntimeError:  # the store is gone with its machine
+        say()
+        return error.exit_code
+    say()
+    with suppress(RuntimeError):
+        store.set(_CODE, str(error.exit_code))
+    return error.exit_code
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Turn what torch says of a lost process into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerError(
+            f"another process of this run ended or can't be reached ({reason}); run the same command again to continue"
+        ) from error
+
+
+def _device(name: str, here: int, local: int) -> str:
+    """The device of process `local` of those on this machine."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: each of several processes takes a GPU of its own; use cuda, cpu or auto")
+    if name == "cpu" or (name == "auto" and not count):
+        return "cpu"
+    if here > count:
+        raise UserError(f"--nproc {here}: this machine has {count} GPUs; use that many at most, or --device cpu")
+    return f"cuda:{local}"
