@@ -20,7 +20,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +34,7 @@ from compress.errors import OutputError
 from compress.report.schema import Stage
 
 RECORD = "dscompress.json"
-_PACKAGES = ("dscompress", "torch", "transformers", "compressed-tensors", "safetensors", "accelerate")
+_PACKAGES = ("dscompress", "torch", "transformers", "compressed-tensors", "torchao", "safetensors", "accelerate")
 
 
 class Probe(BaseModel):
@@ -80,6 +81,12 @@ def sha256(file: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digests(files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of files, by their names."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(sha256, files), strict=True))
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compress import __version__
+from compress import __version__, distributed
 from compress.errors import DscompressError, UserError
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ class _Group(TyperGroup):
             print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
             raise typer.Exit(130) from None
         except DscompressError as error:
-            if "--debug" in sys.argv:
-                traceback.print_exc()
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
+            raise typer.Exit(distributed.failed(error, _say)) from None
+
+
+def _say(error: DscompressError) -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 app = typer.Typer(
@@ -101,19 +104,30 @@ def run(
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Keep to this much memory of the device, like 8GB.")
     ] = None,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, metavar="N", help="Processes to share the work, each with its own GPU.")
+    ] = 1,
     quiet: QuietOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a recipe: compress a model, verify the checkpoint, measure what it cost.
 
-    The same command continues a run that was stopped, and repeats nothing that is finished.
+    The same command continues a run that was stopped, and repeats nothing that is finished. Across machines that share
+    a disk, start it with torchrun: torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:PORT
+    -m compress.cli run RECIPE
     """
+    if max_memory is not None:  # a small memory has no room for gaps
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from compress.runner import Options
     from compress.runner import run as run_recipe
 
+    if nproc == 1 and not dry_run:
+        device = distributed.join(device)
     loaded = _load(recipe, overrides, model, output)
     work = work_dir.absolute() if work_dir else None
+    if nproc > 1 and not dry_run:
+        raise typer.Exit(distributed.launch(nproc, device, sys.argv[1:]))
     reporter = _reporter(quiet, verbose)
     if dry_run:
         from compress.artefact import work_folder
@@ -124,6 +138,8 @@ def run(
     from compress.report.write import summary_table
 
     report = run_recipe(loaded, Options(device, work, fresh, _bytes(max_memory)), reporter)
+    if report is None:
+        return
     _print_table(summary_table(report))
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
     if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
@@ -290,7 +306,7 @@ def _reporter(quiet: bool, verbose: bool) -> "Reporter":
 
     if not verbose:
         _hush()
-    return Reporter(quiet)
+    return Reporter(quiet, silent=distributed.rank() > 0)
 
 
 def _hush() -> None:
@@ -301,6 +317,8 @@ def _hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("datasets").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("torchao", "torch.utils._pytree"):  # kernels for GPUs that are not there; how torchao registers
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _print_table(rows: list[Any]) -> None:
@@ -313,3 +331,7 @@ def _print_table(rows: list[Any]) -> None:
     for row in rows:
         table.add_row(*[str(cell) for cell in row])
     Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+
+
+if __name__ == "__main__":
+    main()

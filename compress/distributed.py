@@ -1,8 +1,8 @@
 """Several processes that work as one, on one machine or on many: calibration sequences and rows of matrices are split.
 
-torch's launcher starts the processes (`launch`, or torchrun by hand) and ends all when one ends badly; a process that it
-started joins the others and takes a GPU of its own. All hold the same weights at any time and only rank 0 writes. In a
-run of one process everything here does nothing, and torch.distributed is not imported.
+torch's launcher starts the processes (`launch`, or torchrun by hand) and ends all when one ends badly; a process that
+it started joins the others and takes a GPU of its own. All hold the same weights at any time and only rank 0 writes. In
+a run of one process everything here does nothing, and torch.distributed is not imported.
 
 Left out: splitting a layer's weights. One layer and its Hessians fit a GPU, and splitting tokens costs less traffic.
 """
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,12 +25,12 @@ from compress.errors import DscompressError, PeerError, UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=2)  # with another process that computes; the launcher sees to one that has ended
-_PREPARING = timedelta(days=1)  # with rank 0 while it downloads
+_LOOK = 0.02  # seconds between two looks whether rank 0 is ready
 _GRACE = timedelta(seconds=10)  # in which a process that has failed says so itself
 _FAILURES, _CODE = "failures", "code"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -118,15 +119,17 @@ def join(device: str) -> str:
         return device
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost process is told of in one line, here
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # a launcher that is killed leaves none behind
-    store, _, _ = next(rendezvous("env://", rank, world, timeout=_PREPARING))
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
     threads = torch.get_num_threads()
-    _joined = _Joined(rank, world, here, device, dist.PrefixStore("dscompress", store), threads)
+    _joined = _Joined(rank, world, here, device, PrefixStore("dscompress", store), threads)
     _joined.device = _device(device, here, local)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads // here))
@@ -136,9 +139,7 @@ def join(device: str) -> str:
         else:
             own = torch.device(_joined.device)
             torch.cuda.set_device(own)
-            dist.init_process_group(
-                "nccl", store=store, rank=rank, world_size=world, timeout=_PATIENCE, device_id=own
-            )
+            dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=_PATIENCE, device_id=own)
     return _joined.device
 
 
@@ -188,7 +189,7 @@ def first(make: Callable[[], T]) -> T:
         if _joined.rank == 0:
             _joined.store.set(key, "")
         else:
-            _joined.store.wait([key], _PREPARING)
+            _await(_joined.store, key)
         dist.broadcast_object_list(made, src=0)
     return made[0]  # type: ignore[return-value]
 
@@ -236,11 +237,11 @@ def gather_rows(part: "torch.Tensor", count: int) -> "torch.Tensor":
 
     whole = part.new_empty(_joined.world * part.shape[0], *part.shape[1:])
     with _together():
-        dist.all_gather_into_tensor(whole, part.contiguous())
+        dist.all_gather(list(whole.split(part.shape[0])), part.contiguous())
     return whole[:count]
 
 
-def failed(error: DscompressError, say: Callable[[], None]) -> int:
+def failed(error: DscompressError, say: Callable[[DscompressError], None]) -> int:
     """End with an error that is said once, however many processes meet it.
 
     Args:
@@ -248,25 +249,40 @@ def failed(error: DscompressError, say: Callable[[], None]) -> int:
         say: tells the user; called in the process that fails first.
 
     Returns:
-        The exit code, that of the first failure.
+        The exit code. One of several processes ends here with the code of the first failure, because leaving the others
+        in order would wait for them.
     """
     if _joined is None:
-        say()
+        say(error)
         return error.exit_code
-    store = _joined.store
+    code = _first_failure(_joined.store, error, say)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_failure(store: "Store", error: DscompressError, say: Callable[[DscompressError], None]) -> int:
     try:
         if isinstance(error, PeerError):  # the one that is gone may tell why, or its launcher ends this one
             with suppress(RuntimeError):
                 store.wait([_CODE], _GRACE)
         if store.add(_FAILURES, 1) > 1:
             return int(store.get(_CODE))
-    except RuntimeError:  # the store is gone with its machine
-        say()
+    except RuntimeError:  # the store is gone with its process
+        say(error)
         return error.exit_code
-    say()
+    say(error)
     with suppress(RuntimeError):
         store.set(_CODE, str(error.exit_code))
     return error.exit_code
+
+
+def _await(store: "Store", key: str) -> None:
+    """Wait for rank 0, or for any process to fail."""
+    while not store.check([key]):
+        if store.check([_CODE]):
+            raise PeerError("another process of this run failed")
+        time.sleep(_LOOK)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class Matrix:
     @property
     def kind(self) -> str:
         """What it becomes, in a few words."""
-        return f"{self.dtype}8 {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
+        return f"{self.dtype}{self.bits} {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
 
     @property
     def scales(self) -> int:
@@ -209,7 +209,9 @@ def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage | EightBitSta
         for glob, other in spec.overrides.items():
             method = other.method if fnmatchcase(name, glob) else method
         width, rows = {"channel": (-1, 1), "tensor": (-1, -1), "block": (_BLOCK, _BLOCK)}[spec.granularity]
-        return Matrix(name, shape, 8, width, True, rows, spec.dtype.removesuffix("8"), method)
+        if spec.bits == 4:
+            width = spec.group_size or 32
+        return Matrix(name, shape, spec.bits, width, True, rows, spec.dtype.removesuffix("8"), method)
     settings: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
     for glob, override in spec.overrides.items():
         if fnmatchcase(name, glob):
@@ -305,6 +307,8 @@ def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
     """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
     rows, columns = matrix.shape
     scales = matrix.scales
+    if format == "torchao":
+        return rows * columns + (scale_bytes + (matrix.bits == 4)) * scales
     if matrix.inputs is not None:
         return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
     if format == "gptq":

@@ -212,6 +212,11 @@ class QuantizeStage(Closed):
         return self.method == "gptq"
 
     @property
+    def layout(self) -> str:
+        """The format by the name that compress/export/formats.py gives it."""
+        return self.format
+
+    @property
     def title(self) -> str:
         """The stage in a few words."""
         return f"{self.method} {self.bits}-bit"

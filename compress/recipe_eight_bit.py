@@ -1,10 +1,11 @@
-"""The recipe's stage for 8-bit weights and activations. Never imports torch."""
+"""The recipe's stage for 8-bit activations and weights of 8 or, with torchao, 4 bits. Never imports torch."""
 
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from compress.extras import torchao_problem
 from compress.recipe_types import DAMP, Closed, Number, Text, parse_number, without_overridden
 
 
@@ -15,7 +16,7 @@ class MethodOverride(Closed):
 
 
 class EightBitStage(Closed):
-    """Store the weights of linear layers in 8 bits, and quantize their inputs to 8 bits as the model runs."""
+    """Store the weights of linear layers in 8 (or 4) bits, and quantize their inputs to 8 bits as the model runs."""
 
     act_order: ClassVar[bool] = True  # of columns; no group is torn
     clip: ClassVar[None] = None
@@ -26,6 +27,10 @@ class EightBitStage(Closed):
         "text (static), or for each linear the one that its output error allows (auto)."
     )
     dtype: Literal["int8", "fp8"] = Field(default="int8", description="fp8 is e4m3: 4 bits of exponent, 3 of mantissa.")
+    bits: Literal[4, 8] = Field(default=8, description="Width of a weight; 4 is for format: torchao.")
+    group_size: Literal[-1, 32, 64, 128] | None = Field(
+        default=None, description="With bits: 4, columns that share a scale (null means 32); -1: the whole row."
+    )
     weight_rounding: Literal["gptq", "rtn"] = Field(
         default="gptq",
         description="gptq compensates each column's rounding error in the columns after it; rtn only rounds.",
@@ -59,8 +64,11 @@ class EightBitStage(Closed):
         default={}, description='Another method by glob on module names: {"*.down_proj": {method: dynamic}}.'
     )
     ignore: list[Text] = Field(default=[], description="Globs of modules to leave in 16 bits.")
-    format: Literal["compressed-tensors"] = Field(
-        default="compressed-tensors", description="Layout on disk. It opens in transformers and vLLM."
+    format: Literal["compressed-tensors", "torchao"] = Field(
+        default="compressed-tensors",
+        description="Layout on disk. compressed-tensors opens in transformers and vLLM; torchao in transformers, which "
+        "then computes in int8 on a CPU too (method: dynamic and dtype: int8 only).",
+        validate_default=True,
     )
 
     @field_validator("symmetric")
@@ -70,6 +78,13 @@ class EightBitStage(Closed):
             raise PydanticCustomError(
                 "symmetric", "no runtime loads 8-bit weights with zero points; remove it, or use method: gptq"
             )
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("bits") == 8:
+            raise PydanticCustomError("group_size", "is for bits: 4; with 8 bits a row shares a scale; remove it")
         return value
 
     @field_validator("granularity")
@@ -101,6 +116,31 @@ class EightBitStage(Closed):
     def _check_ignore(cls, value: list[str], info: ValidationInfo) -> list[str]:
         return without_overridden(value, info)
 
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, value: str, info: ValidationInfo) -> str:
+        has = info.data
+        if value != "torchao":
+            if has.get("bits") == 4:
+                raise PydanticCustomError("format", "bits: 4 with 8-bit inputs needs format: torchao")
+            return value
+        wanted = {"method": "dynamic", "dtype": "int8", "granularity": "channel", "kv_cache": None}
+        odd = next((key for key, allowed in wanted.items() if has.get(key, allowed) != allowed), None)
+        if odd is None and any(each.method == "static" for each in has.get("overrides", {}).values()):
+            odd = "method"  # of an override
+        if odd is not None:
+            message = f"torchao holds {odd}: {wanted[odd] or 'null'} only; change {odd}, or use compressed-tensors"
+            raise PydanticCustomError("format", "{message}", {"message": message})
+        problem = torchao_problem()
+        if problem is not None:
+            raise PydanticCustomError("format", "{problem}", {"problem": problem})
+        return value
+
+    @property
+    def layout(self) -> str:
+        """The format by the name that compress/export/formats.py gives it."""
+        return "torchao" if self.format == "torchao" else "8-bit"
+
     @property
     def calibrates(self) -> bool:
         """Whether the stage looks at calibration text."""
@@ -110,4 +150,4 @@ class EightBitStage(Closed):
     @property
     def title(self) -> str:
         """The stage in a few words."""
-        return f"{self.method} {self.dtype}"
+        return f"{self.method} {self.dtype}" + (", 4-bit weights" if self.bits == 4 else "")

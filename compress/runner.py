@@ -20,19 +20,20 @@ from compress.artefact import (
     RunLock,
     check_output,
     commit,
+    digests,
     fingerprint,
     keep_foreign,
     make_writable,
     now,
     publish,
     read_record,
-    sha256,
     versions,
     work_folder,
     write_text,
     writing,
 )
 from compress.errors import DscompressError, OutputError, UserError
+from compress.evaluate.stock import started_ahead
 from compress.machine import machine
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint, read_part
@@ -123,18 +124,22 @@ class _Run:
         base = open_model(self._model(), recipe)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)
-        windows = self._windows(recipe.evaluate, tokenizer) if recipe.evaluate is not None else None
+        windows = None
+        if recipe.evaluate is not None and distributed.rank() == 0:
+            windows = self._windows(recipe.evaluate, tokenizer)
         read = [context.probe, *(each.tokens for each in (context.tokens, windows) if each is not None)]
         check_vocabulary(base, max(int(tokens.max()) for tokens in read))
         base_id = fingerprint("base", base.fingerprint())
         parent, parent_id = base, base_id
         stages = []
-        for spec in recipe.stages:
-            parent, parent_id, stage = self._stage(spec, parent, parent_id, base_id, context)
-            stages.append(stage)
-        if not distributed.leave():
-            return None
-        verified = self._verify(parent, parent_id, context)
+        # beside a GPU the processor has time to get the stock loader ready
+        with started_ahead() if context.device.type == "cuda" and distributed.rank() == 0 else nullcontext():
+            for spec in recipe.stages:
+                parent, parent_id, stage = self._stage(spec, parent, parent_id, base_id, context)
+                stages.append(stage)
+            if not distributed.leave():
+                return None
+            verified = self._verify(parent, parent_id, context)
         quality = self._evaluate(base, base_id, parent, parent_id, windows, context)
         generations, note = self._generate(base, base_id, parent, parent_id, context)
         report = schema.Report(
@@ -161,8 +166,8 @@ class _Run:
     def _model(self) -> Path:
         """The model's folder; rank 0 gets it before others look for it, which may be on other machines."""
         model, revision, say = self.recipe.model, self.recipe.revision, self.reporter.say
-        distributed.first(lambda: resolve_model(model, revision, self.work, say))
-        return resolve_model(model, revision, self.work, say)
+        folder = distributed.first(lambda: resolve_model(model, revision, self.work, say))
+        return folder if distributed.rank() == 0 else resolve_model(model, revision, self.work, say)
 
     def _context(self, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> "Context":
         """Device, precision and calibration tokens."""
@@ -213,28 +218,44 @@ class _Run:
         from compress.stages.verify import probe_of
 
         needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
-        key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), CODE_VERSION)
+        processes = [distributed.world()] if distributed.world() > 1 else []  # they round sums in another order
+        key = fingerprint(spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), CODE_VERSION, *processes)
+        if distributed.first(lambda: key) != key:
+            raise UserError(
+                f"process {distributed.rank()} has another model, precision or version of dscompress than process 0; "
+                "start all with the same"
+            )
         final, part = self.work / "stages" / key, self.work / "stages" / f"{key}.part"
-        if self.options.fresh:
-            shutil.rmtree(final, ignore_errors=True)
-            shutil.rmtree(part, ignore_errors=True)
         probe = self.work / "stages" / f"{key}.{PROBE}"
-        record = read_record(final)
-        if record is not None and probe.is_file():
+
+        def find() -> Record | None:
+            if self.options.fresh:
+                shutil.rmtree(final, ignore_errors=True)
+                shutil.rmtree(part, ignore_errors=True)
+            record = read_record(final)
+            if record is not None and probe.is_file():
+                shutil.rmtree(part, ignore_errors=True)
+                return record
+            return None
+
+        def finish() -> None:
+            logits = _logits(part / PROBE)
+            files = digests(sorted((part / "checkpoint").iterdir()))
+            record = Record(
+                fingerprint=key, parent=parent_id, base=base_id, stage=stage, created=now(), versions=versions(),
+                probe=probe_of(logits, context.probe[0], context.dtype), files=files,
+            )  # fmt: skip
+            write_text(part / "checkpoint" / RECORD, record.model_dump_json(indent=2) + "\n")
+            (part / PROBE).replace(probe)
+            commit(part / "checkpoint", final)
             shutil.rmtree(part, ignore_errors=True)
+
+        record = distributed.first(find)
+        if record is not None:
             self.reporter.say(f"{spec.kind}: finished before, taken from {final}")
             return Checkpoint(final), key, record.stage.model_copy(update={"cached": True})
         stage = quantize(spec, parent, part, context)
-        logits = _logits(part / PROBE)
-        files = {file.name: sha256(file) for file in sorted((part / "checkpoint").iterdir())}
-        record = Record(
-            fingerprint=key, parent=parent_id, base=base_id, stage=stage, created=now(), versions=versions(),
-            probe=probe_of(logits, context.probe[0], context.dtype), files=files,
-        )  # fmt: skip
-        write_text(part / "checkpoint" / RECORD, record.model_dump_json(indent=2) + "\n")
-        (part / PROBE).replace(probe)
-        commit(part / "checkpoint", final)
-        shutil.rmtree(part, ignore_errors=True)
+        distributed.first(finish)
         return Checkpoint(final), key, stage
 
     def _verify(self, result: Checkpoint, key: str, context: "Context") -> schema.Verified:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,12 +60,21 @@ class Process:
         arguments: of `dscompress`.
         folder: its current folder.
         moment: when it is stopped.
+        environment: variables that it has beside this process's.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, moment: Moment | None = None) -> None:
-        self.log = folder / "log.txt"
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        moment: Moment | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        environment = dict(environment or {})
+        self.log = folder / f"log{environment.get('RANK', '')}.txt"
         self.pipe, other = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_work, args=(list(arguments), folder, self.log, moment, other))
+        work = (list(arguments), folder, self.log, moment, other, environment)
+        self._process = CONTEXT.Process(target=_work, args=work)
         self._process.start()
 
     @property
@@ -87,9 +96,17 @@ def run(arguments: Sequence[str], folder: Path, moment: Moment | None = None) ->
     return Process(arguments, folder, moment).end()
 
 
-def _work(arguments: list[str], folder: Path, log: Path, moment: Moment | None, pipe: Connection) -> None:
+def _work(
+    arguments: list[str],
+    folder: Path,
+    log: Path,
+    moment: Moment | None,
+    pipe: Connection,
+    environment: dict[str, str],
+) -> None:
     from compress.cli import main
 
+    os.environ.update(environment)
     gc.freeze()  # what was imported before the fork never needs to be looked through
     os.chdir(folder)
     printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

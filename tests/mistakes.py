@@ -7,7 +7,7 @@ from small_model import write_model
 
 from compress.artefact import RunLock
 
-RECIPES = "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, quickstart"
+RECIPES = "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, cpu_int8, quickstart"
 EVAL = ["--sequence-length", "32", "--device", "cpu"]
 
 
@@ -88,8 +88,23 @@ EIGHT_BITS = [
     ),
     Case(
         "key of the other methods",
+        lambda desk: desk.eight_bit("method: static\nact_order: true"),
+        "recipe.yaml:9: stages.0.act_order: unknown key; use kind, method, dtype, …",
+    ),
+    Case(
+        "groups of 8-bit weights",
         lambda desk: desk.stage("method: static"),
-        "recipe.yaml:8: stages.0.group_size: unknown key; use kind, method, dtype, …",
+        "recipe.yaml:8: stages.0.group_size: is for bits: 4; with 8 bits a row shares a scale; remove it",
+    ),
+    Case(
+        "4-bit weights with 8-bit inputs in a format that does not hold them",
+        lambda desk: desk.eight_bit("method: dynamic\nbits: 4"),
+        "recipe.yaml:7: stages.0: bits: 4 with 8-bit inputs needs format: torchao",
+    ),
+    Case(
+        "static scales for torchao",
+        lambda desk: desk.eight_bit("method: static\nformat: torchao"),
+        "recipe.yaml:9: stages.0.format: torchao holds method: dynamic only; change method, or use compressed-tensors",
     ),
     Case(
         "override of 8 bits that matches nothing",
@@ -320,7 +335,7 @@ CASES = [
         "inspect an unknown quantization",
         unknown_quantization,
         "model: quantized as awq, format None, which can't be read here; "
-        "readable are compressed-tensors pack-quantized, int-quantized, float-quantized and gptq",
+        "readable are compressed-tensors pack-quantized, int-quantized, float-quantized, gptq and torchao",
     ),
     Case(
         "eval with two vocabularies",

@@ -17,11 +17,14 @@ from safetensors import deserialize, safe_open
 
 from compress import __version__
 from compress.artefact import read_record
+from compress.extras import torchao_problem
 from compress.recipe import bundled_dir
 from compress.recipe_yaml import list_recipes
 from compress.report.schema import Quality, Report
 
 RECIPES = [name for name, _ in list_recipes()]
+NEEDS = {"cpu_int8": pytest.mark.skipif(torchao_problem() is not None, reason="torchao is not installed")}
+RUNNABLE = [pytest.param(name, marks=NEEDS.get(name, ())) for name in RECIPES]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib")
 
 
@@ -139,7 +142,7 @@ def test_dry_run_writes_nothing(finished_run: FinishedRun, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_bundled_recipes_run(
     name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +162,7 @@ def test_bundled_recipes_run(
 # validate, schema, recipes
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_validate(name: str, tiny_model: Path) -> None:
     shorter = ["--set", "evaluate.sequence_length=128", "--set", "calibration.sequence_length=128"]
     assert succeed("validate", name) == f"{name}: valid\n"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from compress.errors import RecipeError
+from compress.extras import torchao_problem
 from compress.recipe import CalibrationSpec, Count, Override, Recipe, bundled_dir, json_schema
 from compress.recipe_messages import dotted
 from compress.recipe_yaml import list_recipes, load_calibration_spec, load_recipe, recipe_text
@@ -158,6 +159,8 @@ def test_set_opens_a_named_calibration_spec() -> None:
 def test_bundled_recipes_load_and_say_what_they_do() -> None:
     listed = dict(list_recipes())
     assert set(listed) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")} >= {"quickstart", "8b_int4_gptq"}
+    if torchao_problem():
+        del listed["cpu_int8"]
     for name, summary in listed.items():
         assert load_recipe(name) == load_recipe(f"{name}.yaml")
         assert recipe_text(name).startswith(f"# {summary}\n")

@@ -9,7 +9,9 @@ from compress.errors import RecipeError
 from compress.recipe_yaml import load_calibration_spec, load_recipe
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n"
-RECIPES = "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, quickstart)"
+RECIPES = (
+    "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, cpu_int8, quickstart)"
+)
 SPECS = "(bundled: general_en, general_en_small, wikitext2)"
 KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, output"
 WHOLE = "is not a whole number; write one such as 128, 64k, 20M or 1B"
@@ -262,7 +264,7 @@ EIGHT = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n    me
         ("smooth: much", "smooth: 'much' is not a power; use a number from 0 to 1 such as 0.5, auto or null"),
         ("smooth: true", "smooth: true is not a power; use a number from 0 to 1 such as 0.5, auto or null"),
         ("smooth: 1.5", "smooth: 1.5 is not allowed; use 1 or less"),
-        ("group_sizes: 128", "group_sizes: unknown key; use kind, method, dtype, weight_rounding, granularity, "),
+        ("columns: 128", "columns: unknown key; use kind, method, dtype, bits, group_size, weight_rounding, "),
         ("observer: max", "observer: 'max' is not allowed; use minmax, moving_average, percentile or mse (did you"),
         ("kv_cache: int8", "kv_cache: 'int8' is not allowed; use fp8"),
         ("budget: -1", "budget: -1 is not allowed; use 0 or more"),

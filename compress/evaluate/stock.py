@@ -3,13 +3,15 @@
 Another process, because the stock loader holds the whole model and dscompress never does, and because nothing of
 dscompress can then have a hand in what is loaded.
 
-    python -m compress.evaluate.stock REQUEST.json
+    python -m compress.evaluate.stock < PATH_OF_REQUEST
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,30 +52,57 @@ class Answer:
     failure: str | None = None
 
 
+_ahead: list[subprocess.Popen[str]] = []
+
+
+@contextmanager
+def started_ahead() -> Iterator[None]:
+    """Inside, a process for the next `ask` is there already, its libraries imported."""
+    _ahead.append(_start())
+    try:
+        yield
+    finally:
+        for unused in _ahead:
+            unused.kill()
+            unused.communicate()
+        _ahead.clear()
+
+
+def _start() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "compress.evaluate.stock"]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
 def ask(request: Request) -> Answer:
-    """Run the request in a new process and wait for it."""
+    """Run the request in a process of its own and wait for it."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
         folder = Path(scratch)
         (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-        command = [sys.executable, "-m", "compress.evaluate.stock", str(folder / "request.json")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            killed = f"the loader was stopped by signal {-done.returncode}, most likely for want of memory"
-            return Answer(None, [], killed if done.returncode < 0 else lines[-1] if lines else "no reason given")
+        process = _ahead.pop() if _ahead else _start()
+        _, said = process.communicate(str(folder / "request.json"))
+        if process.returncode:
+            lines = said.strip().splitlines()
+            killed = f"the loader was stopped by signal {-process.returncode}, most likely for want of memory"
+            return Answer(None, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
         texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
         logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
         return Answer(logits, texts)
 
 
-def _answer(folder: Path, request: Request) -> None:
+def _answer() -> None:
     """In the new process: load, compute, write the answer's files."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    path = sys.stdin.read()
+    if not path:
+        return  # started ahead, and not needed
+    folder, request = Path(path).parent, Request(**json.loads(Path(path).read_text(encoding="utf-8")))
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
     model.to(request.device).eval()
@@ -105,5 +134,4 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    _answer(where.parent, Request(**json.loads(where.read_text(encoding="utf-8"))))
+    _answer()

@@ -1,8 +1,8 @@
 """A quantized checkpoint read as if it were dense, whoever wrote it: names and weights of the model before packing.
 
 Widths and groups are told from the tensors' shapes, so that mixed ones work and config.json need not be trusted. Read
-are compressed-tensors `pack-quantized`, `int-quantized` and `float-quantized` and GPTQ (auto-gptq v1); anything else is
-refused by name.
+are compressed-tensors `pack-quantized`, `int-quantized` and `float-quantized`, GPTQ (auto-gptq v1) and the schemes of
+torchao that are written here; anything else is refused by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import ModelError
-from compress.export import compressed_tensors, eight_bit, gptq
+from compress.export import compressed_tensors, eight_bit, gptq, torchao
+from compress.extras import torchao_problem
 from compress.quant.grid import CacheRounding, Grid, InputRounding
 
 _COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -33,6 +34,8 @@ class _Checkpoint(Protocol):
 class DenseView:
     """A checkpoint whose quantized matrices load as float32 weights; a dense checkpoint loads as it is.
 
+    Those of torchao load as its tensors, whose products are its own.
+
     Args:
         checkpoint: an open checkpoint folder.
 
@@ -40,6 +43,7 @@ class DenseView:
         tensors: names as in the model before quantization.
         grids: the grid of every quantized module.
         inputs: how the inputs of quantized modules are rounded as the model runs, where they are.
+        rounds_inputs: whether the loaded weights do that themselves.
         caches: how keys and values are rounded before they are kept, by attention module, where they are.
 
     Raises:
@@ -53,11 +57,13 @@ class DenseView:
         method = config.get("quant_method")
         layout = config.get("format")
         reader = "eight-bit" if layout in eight_bit.FORMATS and method == "compressed-tensors" else method
+        if method == "torchao":
+            reader = self._torchao(config)
         packed, parts, describe, self._dequantize = _READERS.get(reader, _READERS[None])
         if reader not in _READERS or layout not in _FORMATS:
             raise ModelError(
                 f"{self.folder}: quantized as {method}, format {layout}, which can't be read here; "
-                "readable are compressed-tensors pack-quantized, int-quantized, float-quantized and gptq"
+                "readable are compressed-tensors pack-quantized, int-quantized, float-quantized, gptq and torchao"
             )
         if method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq":
             raise ModelError(f"{self.folder}: checkpoint_format {config['checkpoint_format']} can't be read; only gptq")
@@ -80,6 +86,19 @@ class DenseView:
             elif last not in parts:
                 self.tensors[name] = info
         self._find_rounding(config if reader == "eight-bit" else {})
+        self.rounds_inputs = method == "torchao"
+        if self.rounds_inputs:
+            self.inputs |= {module: torchao.input_rounding(grid) for module, grid in self.grids.items()}
+
+    def _torchao(self, config: Mapping[str, Any]) -> str:
+        problem = torchao_problem()
+        bits = None if problem else torchao.bits_of(config)
+        if bits is None:
+            raise ModelError(
+                f"{self.folder}: quantized as torchao; "
+                f"{problem or 'readable are dynamic int8 with a scale per row and symmetric 4 bits'}"
+            )
+        return f"torchao {bits}"
 
     def _find_rounding(self, config: Mapping[str, Any]) -> None:
         self.inputs: dict[str, InputRounding] = {}
@@ -145,6 +164,22 @@ def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
     return Grid(bits, -1 if groups == 1 else columns // groups, False, torch.float16, zero_minimum=1)
 
 
+def _describe_torchao(bits: int) -> Callable[[Mapping[str, Any], Sequence[int]], Grid]:
+    def describe(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
+        codes, scale = infos["_weight_qdata"], infos["_weight_scale"]
+        if scale is None or scale.shape[0] != codes.shape[0] or codes.shape[1] % scale.shape[1]:
+            raise ModelError("has no _weight_scale that fits its _weight_qdata; get the files again")
+        groups = scale.shape[1]
+        size = -1 if groups == 1 else codes.shape[1] // groups
+        return Grid(bits, size, True, _DTYPES[scale.dtype], signed_scale=False)
+
+    return describe
+
+
+def _load_torchao(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    return torchao.weight(torchao.unpack(tensors, grid), grid.scale_dtype)
+
+
 def _dequantize_compressed(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
     return compressed_tensors.unpack(tensors, grid).dequantize()
 
@@ -168,5 +203,7 @@ _READERS: dict[str | None, _Reader] = {
     "compressed-tensors": ("weight_packed", _COMPRESSED_TENSORS, _describe_compressed, _dequantize_compressed),
     "eight-bit": ("weight_scale", _EIGHT_BIT, _describe_eight_bit, _dequantize_eight_bit),
     "gptq": ("qweight", _GPTQ, _describe_gptq, _dequantize_gptq),
+    "torchao 8": (torchao.PARTS[0], torchao.PARTS, _describe_torchao(8), _load_torchao),
+    "torchao 4": (torchao.PARTS[0], torchao.PARTS, _describe_torchao(4), _load_torchao),
 }
 _FORMATS = (None, "pack-quantized", "gptq", *eight_bit.FORMATS)

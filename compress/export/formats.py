@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export import compressed_tensors, eight_bit, gptq
+from compress.export import compressed_tensors, eight_bit, gptq, torchao
 from compress.quant.grid import Grid, InputRounding, Quantized
 
 Grids = Mapping[str, Grid]
@@ -30,6 +30,9 @@ class Format:
             rounded, and whether there are scales for a cache.
         problems: why it can't hold these matrices, a line each.
         extra_files: further files beside config.json, by name, from the `quantization_config`.
+        metadata: what goes into every file's header, from the grids and the shapes of all tensors.
+        weight: what a linear runs with, for the dtype of the forward passes.
+        rounds_inputs: whether that weight rounds the inputs itself.
     """
 
     parts: tuple[str, ...]
@@ -40,6 +43,9 @@ class Format:
     config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, bool], dict[str, Any]]
     problems: Callable[[Shapes, Grids, Sequence[str]], list[str]]
     extra_files: Callable[[dict[str, Any]], dict[str, str]]
+    metadata: Callable[[Grids, Mapping[str, Sequence[int]]], dict[str, str]] = lambda grids, shapes: {}
+    weight: Callable[[Quantized, torch.dtype], Tensor] = Quantized.dequantize
+    rounds_inputs: bool = False
 
 
 def _compressed_problems(shapes: Shapes, grids: Grids, embeddings: Sequence[str]) -> list[str]:
@@ -80,6 +86,19 @@ FORMATS = {
         ),
         problems=lambda shapes, grids, embeddings: [],
         extra_files=lambda config: {},
+    ),
+    "torchao": Format(
+        parts=torchao.PARTS,
+        zero_minimum=0,
+        scale_dtype=lambda stored: stored,
+        pack=torchao.pack,
+        unpack=torchao.unpack,
+        config=lambda grids, unquantized, embeddings, inputs, cache: torchao.quantization_config(grids, unquantized),
+        problems=lambda shapes, grids, embeddings: [],
+        extra_files=lambda config: {},
+        metadata=torchao.metadata,
+        weight=torchao.weight,
+        rounds_inputs=True,
     ),
     "gptq": Format(
         parts=("qweight", "qzeros", "scales", "g_idx"),

@@ -10,7 +10,7 @@ Opening a folder never imports torch: `dscompress validate` reads headers too.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +198,9 @@ def write_part(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[st
 
     temporary = file.with_suffix(".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata}
+        )
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(file)
@@ -213,19 +215,34 @@ def read_part(file: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
         return {name: opened.get_tensor(name).clone() for name in names}, opened.metadata() or {}
 
 
-def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def merge_parts(
+    parts: Sequence[Path],
+    folder: Path,
+    describe: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Make a checkpoint folder's weights of parts: one file, or where that is too large each part as a shard.
 
     Nothing is loaded. Shards are links to the parts where the disk allows, so that no byte is written twice.
+
+    Args:
+        parts: written by `write_part`.
+        folder: where to.
+        describe: metadata for every file, from the shapes of all tensors; shards that get some are no links.
+        max_shard_bytes: of a single file.
     """
+    metadata = describe({name: info.shape for part in parts for name, info in _read_header(part).items()})
     if sum(part.stat().st_size for part in parts) <= max_shard_bytes:
-        _join(parts, folder / SINGLE)
+        _join(parts, folder / SINGLE, metadata)
         return
     placed: dict[str, str] = {}
     total = 0
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        link_or_copy(part, folder / name)
+        if metadata:
+            _join([part], folder / name, metadata)
+        else:
+            link_or_copy(part, folder / name)
         for tensor, info in _read_header(part).items():
             placed[tensor] = name
             total += info.bytes
@@ -233,9 +250,9 @@ def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = MAX_
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _join(parts: Sequence[Path], file: Path) -> None:
+def _join(parts: Sequence[Path], file: Path, metadata: Mapping[str, str]) -> None:
     """Concatenate the tensors of parts into one safetensors file, from file to file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     starts: list[tuple[Path, int]] = []
     for part in parts:

@@ -134,11 +134,13 @@ class InputRounding:
         float8: e4m3 instead of whole numbers from -128 to 127.
         scale: float32, one number or one that the inputs broadcast with; None takes each token's own.
         group_size: columns that share a token's own scale; -1 means all.
+        asymmetric: with a zero point of each token's own, by torchao's arithmetic instead.
     """
 
     float8: bool
     scale: Tensor | None = None
     group_size: int = -1
+    asymmetric: bool = False
 
     @property
     def span(self) -> float:
@@ -150,6 +152,8 @@ class InputRounding:
 
         Where a model flattens its tokens to [N, I] (OPT does), the stock loader takes one scale for all of them.
         """
+        if self.asymmetric:
+            return self._round_asymmetric(x)
         if self.scale is not None:
             return self._round(x, self.scale.to(x.device, x.dtype))
         if self.group_size == -1:
@@ -166,6 +170,13 @@ class InputRounding:
         if self.float8:
             return scaled.clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(FLOAT8).to(x.dtype).mul_(scale)
         return scaled.clamp_(-128, 127).round_().mul_(scale)
+
+    def _round_asymmetric(self, x: Tensor) -> Tensor:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp_(min=torch.finfo(x.dtype).smallest_normal)
+        zero = (-128 - torch.round(low / scale)).clamp_(-128, 127)
+        codes = torch.round(x * (1 / scale)).add_(zero).clamp_(-128, 127)
+        return codes.sub_(zero).mul_(scale)
 
 
 @dataclass(frozen=True, eq=False)

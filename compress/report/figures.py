@@ -206,7 +206,7 @@ def precision(module: Module) -> str:
     if module.inputs is None:
         return f"{module.bits}{'' if module.symmetric else ' asym'}"
     others = [f"{method} {percent(error)}" for method, error in module.errors.items() if method != module.inputs]
-    return f"{module.dtype}8 {module.inputs}" + (f" ({', '.join(others)})" if others else "")
+    return f"{module.dtype}{module.bits} {module.inputs}" + (f" ({', '.join(others)})" if others else "")
 
 
 def kind_of(name: str) -> str:

@@ -87,7 +87,7 @@ def _without_folders(value: Any) -> Any:
 def _front_matter(report: Report, stage: Stage | None, hub_base: bool) -> dict[str, Any]:
     spec = stage.spec if stage else {}
     tags = ["dscompress", report.compressed.format, spec.get("method")]
-    tags += [f"{spec['bits']}-bit"] if "bits" in spec else [spec["dtype"]] if "dtype" in spec else []
+    tags += [spec["dtype"]] if "dtype" in spec else [f"{spec['bits']}-bit"] if "bits" in spec else []
     base = {"base_model": report.base.model, "base_model_relation": "quantized"} if hub_base else {}
     return base | {
         "library_name": "transformers",
@@ -101,7 +101,12 @@ def _method_words(stage: Stage | None) -> str:
     if stage is not None and "dtype" in stage.spec:
         dtype, method = stage.spec["dtype"].upper(), stage.spec.get("method")
         how = {"auto": "static or dynamic", None: ""}.get(method, str(method))
-        return f"A quantization of weights and activations to {dtype} ({how} activation scales)"
+        what = (
+            "activations to INT8 and weights to 4 bits"
+            if stage.spec.get("bits") == 4
+            else f"weights and activations to {dtype}"
+        )
+        return f"A quantization of {what} ({how} activation scales)"
     if stage is None or "bits" not in stage.spec:
         return "A compressed version"
     return f"A {stage.spec['bits']}-bit {str(stage.spec.get('method', '')).upper()} quantization".replace("  ", " ")

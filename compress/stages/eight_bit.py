@@ -33,6 +33,7 @@ class InputScales:
         matrices: its matrices, by name.
         grids: their grids.
         stream: the layer loop, which gets each decision as soon as it is made.
+        in_kernels: whether the linears' kernels round their inputs, so that the layer loop must not.
 
     Attributes:
         rounding: what was decided, by name.
@@ -40,12 +41,17 @@ class InputScales:
     """
 
     def __init__(
-        self, spec: EightBitStage, matrices: Mapping[str, Matrix], grids: Mapping[str, Grid], stream: LayerStream
+        self,
+        spec: EightBitStage,
+        matrices: Mapping[str, Matrix],
+        grids: Mapping[str, Grid],
+        stream: LayerStream,
+        in_kernels: bool = False,
     ) -> None:
         self.spec, self.matrices, self.grids, self.stream = spec, matrices, grids, stream
         self.rounding: dict[str, InputRounding] = {}
         self.errors: dict[str, dict[str, float]] = {}
-        self._float8 = spec.dtype == "fp8"
+        self._float8, self._in_kernels = spec.dtype == "fp8", in_kernels
         self._smoothing = Smoothing(spec, matrices, grids, stream) if spec.smooth is not None else None
         self._cache = CacheScales(stream, next(iter(grids.values())).scale_dtype) if spec.kv_cache else None
         self._sample: Tensor | None = None
@@ -82,8 +88,7 @@ class InputScales:
         """
         batches = list(inputs)
         self._sample = sample(batches) if batches else None
-        width = self.grids[names[0]].group_size
-        choices = {"dynamic": InputRounding(self._float8, group_size=width)}
+        choices = {"dynamic": self._dynamic(names[0])}
         wanted = {name: self.matrices[name].inputs or "dynamic" for name in names}
         if set(wanted.values()) != {"dynamic"}:
             choices["static"] = self._static(names, batches)
@@ -96,7 +101,13 @@ class InputScales:
 
     def _settle(self, decided: Mapping[str, InputRounding]) -> None:
         self.rounding |= decided
-        self.stream.inputs |= decided
+        if not self._in_kernels:
+            self.stream.inputs |= decided
+
+    def _dynamic(self, name: str) -> InputRounding:
+        grid = self.grids[name]
+        blocks = grid.rows > 1
+        return InputRounding(self._float8, group_size=grid.group_size if blocks else -1, asymmetric=grid.bits == 4)
 
     def _static(self, names: Sequence[str], batches: Sequence[Tensor]) -> InputRounding:
         where = ", ".join(names)
@@ -159,8 +170,8 @@ class InputScales:
         """
         for name in (name for name in self.matrices if name.startswith(prefix)):
             scale = tensors.get(f"{name}.input_scale")
-            stored = None if scale is None else scale.float().view(())
-            self._settle({name: InputRounding(self._float8, stored, self.grids[name].group_size)})
+            static = None if scale is None else InputRounding(self._float8, scale.float().view(()))
+            self._settle({name: static or self._dynamic(name)})
         if self._cache is not None:
             self._cache.restore(tensors)
 

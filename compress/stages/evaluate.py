@@ -66,7 +66,8 @@ def compare(
 def open_view(view: DenseView, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> LayerStream:
     """The layer loop over a checkpoint, whose inputs it rounds where the checkpoint's runtime does."""
     stream = LayerStream(view, device, dtype, trust_remote_code)
-    stream.inputs |= view.inputs
+    if not view.rounds_inputs:
+        stream.inputs |= view.inputs
     stream.caches |= view.caches
     return stream
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class _Quantization:
         self.spec, self.parent, self.output, self.context = spec, parent, output, context
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
-        self.format = FORMATS["8-bit" if isinstance(spec, EightBitStage) else spec.format]
+        self.format = FORMATS[spec.layout]
         self.stored = _stored_dtype(parent)
         self.grids = {name: self._grid(matrix) for name, matrix in self.matrices.items()}
         problems = self.format.problems(
@@ -90,7 +91,7 @@ class _Quantization:
         self.original: Original | None = None
         self.inputs: InputScales | None = None
         if isinstance(spec, EightBitStage):
-            self.inputs = InputScales(spec, self.matrices, self.grids, self.stream)
+            self.inputs = InputScales(spec, self.matrices, self.grids, self.stream, self.format.rounds_inputs)
         self.resumed = 0
 
     def _room(self) -> float:
@@ -201,7 +202,7 @@ class _Quantization:
                 dense[name] = tensor
         for module, local_tensors in packed.items():
             unpacked = self.format.unpack(local_tensors, self.grids[module])
-            dense[f"{module}.weight"] = unpacked.dequantize(self.context.dtype)
+            dense[f"{module}.weight"] = self.format.weight(unpacked, self.context.dtype)
         return dense
 
     def _transform(
@@ -247,7 +248,7 @@ class _Quantization:
                 found = self.inputs.described(found, raw)
             solved.update(found)
             stream.fill_layer(
-                index, {f"{n}.weight": s.quantized.dequantize(self.context.dtype) for n, s in found.items()}
+                index, {f"{n}.weight": self.format.weight(s.quantized, self.context.dtype) for n, s in found.items()}
             )
 
         if activations is None:
@@ -321,7 +322,7 @@ class _Quantization:
         folder = self.output / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        merge_parts(parts, folder)
+        merge_parts(parts, folder, partial(self.format.metadata, self.grids))
         for file in self.parent.folder.iterdir():
             if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
                 shutil.copyfile(file, folder / file.name)

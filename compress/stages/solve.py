@@ -106,8 +106,8 @@ class Solver:
             drift: of their inputs, likewise.
             carrying: those whose output joins the residual stream.
         """
-        for part in (*([] if hessian is None else [hessian]), *([] if drift is None else drift.sums())):
-            distributed.all_reduce(part)
+        for sums in [each for each in (hessian,) if each is not None] + ([] if drift is None else drift.sums()):
+            distributed.all_reduce(sums)
         by_grid: dict[tuple[Grid, str, bool], list[str]] = {}
         for name in weights:
             alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale

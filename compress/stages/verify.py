@@ -89,6 +89,9 @@ def _stock_refusal(
     if method == "gptq":
         return "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
     view = DenseView(checkpoint)
+    own = next((grid.scale_dtype for grid in view.grids.values() if grid.bits == 4), dtype)
+    if method == "torchao" and own != dtype:
+        return f"torchao's 4-bit weights run in {own} only, and this was computed in {dtype}; not asked"
     packed = {name for name in view.tensors if view.tensors[name].dtype == "I32"}
     elements = sum(
         _elements(info.shape, view.grids.get(n.removesuffix(".weight")) if n in packed else None)

@@ -78,15 +78,20 @@ def main() -> None:
             f"output: {folder / 'ours'}\n"
         )
         (folder / "peer.py").write_text(PEER)
-        ours_command = [str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "--fresh", "-q"]
-        peer_command = [options.peer_python, str(folder / "peer.py"), options.model, options.text, str(folder / "peer")]
-        times: dict[str, list[float]] = {"dscompress": [], "llm-compressor": []}
+        ours = [str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "--fresh", "-q"]
+        results = {"dscompress": "default", "dscompress, drift_correction: 0": "plain", "llm-compressor": "peer"}
+        commands = {
+            "default": [*ours, "--output", str(folder / "default")],
+            "plain": [*ours, "--output", str(folder / "plain"), "--set", "stages.0.drift_correction=0"],
+            "peer": [options.peer_python, str(folder / "peer.py"), options.model, options.text, str(folder / "peer")],
+        }
+        times: dict[str, list[float]] = {name: [] for name in results}
         for _ in range(options.runs):
-            times["dscompress"].append(timed(ours_command))
-            times["llm-compressor"].append(timed(peer_command))
+            for name, result in results.items():
+                times[name].append(timed(commands[result]))
         quality = {
-            "dscompress": divergence(options.model, folder / "ours", options.evaluation_text),
-            "llm-compressor": divergence(options.model, folder / "peer", options.evaluation_text),
+            name: divergence(options.model, folder / result, options.evaluation_text)
+            for name, result in results.items()
         }
     print("| system | seconds, median (min to max) | KL | perplexity |\n| --- | --- | --- | --- |")
     for name, seconds in times.items():
