@@ -74,6 +74,7 @@ def main() -> None:
                 command += [f"--{name}", str(size)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout))
+            print(Path(model).name, done.stdout.strip(), file=sys.stderr)
     print(
         f"{processor()}\n{options.threads} threads, {options.prompt} + {options.new} tokens, {options.rounds} rounds\n"
     )
