@@ -11,7 +11,6 @@ Dimensions: B batch, S sequence, D hidden, I inputs of a linear, V vocabulary.
 """
 
 import copy
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -336,7 +335,6 @@ class _Outer:
             if not parameter.is_meta:
                 set_tensor(self.stream.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self.stream.model.tie_weights()
-        gc.collect()
 
 
 def _to_device(arguments: Any, device: str) -> Any:

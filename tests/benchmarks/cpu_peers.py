@@ -1,6 +1,6 @@
 """Time and quality beside llm-compressor on the same machine, model, text and settings (W4, group 64, symmetric).
 
-    python tests/benchmarks/cpu_peers.py MODEL TEXT EVALUATION_TEXT --peer-python ENV/bin/python [--judge judge.py]
+    python tests/benchmarks/cpu_peers.py MODEL TEXT EVALUATION_TEXT --peer-python ENV/bin/python
 
 MODEL is a folder with SmolLM2-135M-Instruct in bf16, TEXT the calibration text (its first 32 x 512 tokens are used by
 both), EVALUATION_TEXT what the divergence is measured on. The peer runs in an environment of its own (pip install
@@ -17,25 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PEER = """
-import sys, torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model_dir, text, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(model_dir)
-ids = tokenizer(open(text, encoding="utf8").read())["input_ids"]
-rows = [ids[i * 512 : (i + 1) * 512] for i in range(32)]
-data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 512 for _ in rows]})
-weights = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64, observer="minmax")
-weights["actorder"] = "static"
-recipe = [GPTQModifier(config_groups={"g": dict(targets=["Linear"], weights=weights)}, ignore=["lm_head"])]
-model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=32)
-model.save_pretrained(out, save_compressed=True)
-tokenizer.save_pretrained(out)
-"""
+import peers
 
 
 def timed(command: list[str]) -> float:
@@ -77,14 +59,16 @@ def main() -> None:
             "stages: [{kind: quantize, bits: 4, group_size: 64}]\nevaluate: false\n"
             f"output: {folder / 'ours'}\n"
         )
-        (folder / "peer.py").write_text(PEER)
         ours = [str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "--fresh", "-q"]
         results = {"dscompress": "default", "dscompress, drift_correction: 0": "plain", "llm-compressor": "peer"}
         commands = {
             "default": [*ours, "--output", str(folder / "default")],
             "plain": [*ours, "--output", str(folder / "plain"), "--set", "stages.0.drift_correction=0"],
-            "peer": [options.peer_python, str(folder / "peer.py"), options.model, options.text, str(folder / "peer")],
-        }
+            "peer": peers.command(
+                "llm-compressor", options.peer_python, folder, options.model,
+                options.text, folder / "peer", 32, 512, 4, 64,
+            ),
+        }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in results}
         for _ in range(options.runs):
             for name, result in results.items():

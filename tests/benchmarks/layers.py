@@ -1,14 +1,18 @@
 """Seconds per decoder layer of GPTQ, and where they go, on random weights of Llama-3.1-8B's layer shapes.
 
-    python tests/benchmarks/layers.py [--layers 6] [--samples 128] [--sequence-length 2048] [--drift 0 0.5] [--tiny]
+    python tests/benchmarks/layers.py [--shape llama-8b] [--layers 6] [--samples 128] [--drift 0 0.5]
+        [--llm-compressor ENV/bin/python] [--gptqmodel ENV/bin/python]
 
 Seconds per layer are the difference between a run with all layers and one with two, so start-up is not counted; a last
 run brings the device to a stop after each phase, for the shares. The ceilings of the same device are measured beside
-it: a bf16 product and X^T X with float32 sums.
+it: a bf16 product and X^T X with float32 sums; and the floor that follows from them with two forward passes a layer,
+whole Hessians and 0.09 s of everything else. Peers (peers.py) run in the same call on the same weights, with four
+layers and two, each by the Python of an environment of its own (several words will do: env A=B python).
 """
 
 import argparse
 import functools
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,6 +28,7 @@ from compress.data.calibration import TokenSet
 from compress.model.checkpoint import Checkpoint
 from compress.model.stream import LayerStream
 from compress.progress import Reporter
+from compress.quant import gptq as solver
 from compress.quant.drift import Drift
 from compress.quant.statistics import Gram
 from compress.recipe import QuantizeStage
@@ -30,8 +36,13 @@ from compress.stages import quantize as stage
 from compress.stages import solve
 from compress.stages.context import Context, pick_device
 
-SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+BF16, GRAM, FORWARD = "bf16 product", "X^T X", "forward and the rest"
+SHAPES = {
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+_TOKENIZER = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"  # peers want one, though nothing is tokenized
 
 
 def write_model(folder: Path, layers: int, shapes: dict[str, int], device: torch.device) -> None:
@@ -43,6 +54,8 @@ def write_model(folder: Path, layers: int, shapes: dict[str, int], device: torch
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.to("cpu").save_pretrained(folder)
+    for file in _TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, folder)
 
 
 class Phases:
@@ -91,12 +104,14 @@ def ceilings(device: torch.device, size: int) -> dict[str, float]:
     """TFLOP/s of a bf16 product and of X^T X [size, size] with float32 sums."""
     x = torch.randn(4 * size, size, device=device, dtype=torch.bfloat16)
     w = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    jobs: dict[str, tuple[Callable[[], Any], int]] = {"bf16 product": (lambda: x @ w, 1)}
+    jobs: dict[str, Callable[[], Any]] = {BF16: lambda: x @ w}
     if device.type == "cuda":
-        jobs["X^T X"] = (lambda: torch.mm(x.t(), x, out_dtype=torch.float32), 1)
+        jobs[GRAM] = lambda: torch.mm(x.t(), x, out_dtype=torch.float32)
+    else:
+        jobs[GRAM] = lambda: x.float().t() @ x.float()
     found = {}
     phases = Phases(device)
-    for name, (job, _) in jobs.items():
+    for name, job in jobs.items():
         job()
         phases.wait()
         started = time.perf_counter()
@@ -107,60 +122,105 @@ def ceilings(device: torch.device, size: int) -> dict[str, float]:
     return found
 
 
+def work(shapes: dict[str, int], samples: int, length: int) -> dict[str, float]:
+    """Floating-point operations of a layer, by what they are for."""
+    hidden, inner = shapes["hidden_size"], shapes["intermediate_size"]
+    key_value = hidden * shapes["num_key_value_heads"] // shapes["num_attention_heads"]
+    tokens, attention = samples * length, 2 * samples * length * length * hidden  # scores and sums, causal: half of 4
+    weights = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner
+    return {
+        FORWARD: 2.0 * tokens * weights + attention,
+        "Hessian": 2.0 * tokens * (3 * hidden * hidden + inner * inner),
+        "trailing updates": float((2 * hidden + 2 * key_value + 2 * inner) * hidden * hidden + hidden * inner * inner),
+    }
+
+
+def show_phases(device: torch.device, jobs: dict[str, float], run: Callable[[], Any]) -> None:
+    """Run once more, with the device brought to a stop after each phase."""
+    phases = Phases(device)
+    for owner, name, phase in (
+        (stage._Quantization, "_transform", FORWARD), (LayerStream, "load_layer", "read weights"),
+        (LayerStream, "fill_layer", "read weights"), (LayerStream, "groups", "find groups"), (Drift, "add", "drift"),
+        (Drift, "correct", "drift"), (Gram, "add", "Hessian"), (Gram, "total", "Hessian"),
+        (solve, "factorize", "factor"), (solve, "gptq", "trailing updates"), (solver, "group_scales", "scale search"),
+        (solve, "measure", "record"), (solve, "describe", "record"),
+        (stage, "received_attention", "attention weights"), (stage, "_check_finite", "check"),
+        (stage._Quantization, "_packed", "pack"),
+    ):  # fmt: skip
+        phases.wrap(owner, name, phase)
+    if device.type == "cuda":
+        from compress.kernels import solver as kernel
+
+        phases.wrap(kernel, "quantize_columns", "column loop")
+    started = time.perf_counter()
+    layers, total = len(run().layers), time.perf_counter() - started
+    print(f"phases, stopped after each, {total:.2f} s in all:")
+    for name, taken in sorted(phases.seconds.items(), key=lambda row: -row[1]):
+        rate = f"{jobs[name] * layers / taken / 1e12:8.0f} TFLOP/s" if name in jobs else ""
+        print(f"{name:<22}{taken / layers:8.4f} s / layer {taken / total:6.1%}{rate}")
+
+
+def show_peer(system: str, python: str, folder: Path, settings: list[int]) -> float:
+    """Seconds per layer of another system, from runs with four layers and two."""
+    runs = [
+        peers.measure(peers.command(system, python, folder, folder / name, "-", "-", *settings))
+        for name in ("four", "few")
+    ]
+    each = (runs[0][0] - runs[1][0]) / 2
+    print(f"{system}: {each:.3f} s / layer, peak {runs[0][1] / 1e9:.2f} GB", flush=True)
+    return each
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--drift", type=float, nargs="+", default=[0.5, 0.0])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-memory", type=float, help="GB")
+    parser.add_argument("--llm-compressor", metavar="PYTHON")
+    parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--no-phases", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     options = parser.parse_args()
     limit = int(options.max_memory * 1e9) if options.max_memory else None
     device = pick_device(options.device, limit)
-    shapes = TINY if options.tiny else SHAPES
-    tokens = torch.randint(8192, (options.samples, options.sequence_length), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder:
-        few, model = Path(folder) / "few", Path(folder) / "model"
+    shapes = SHAPES[options.shape]
+    group = 128 if shapes["hidden_size"] % 128 == 0 else 64
+    size = (options.samples, options.sequence_length)
+    tokens = torch.randint(8192, size, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        few, model = folder / "few", folder / "model"
         write_model(few, 2, shapes, device)
         write_model(model, options.layers, shapes, device)
-        print(f"device {device}, {options.samples} x {options.sequence_length} tokens, W4 g128")
-        for name, rate in ceilings(device, shapes["hidden_size"]).items():
+        print(f"device {device}, {size[0]} x {size[1]} tokens, W4 g{group}, layers of {options.shape}")
+        jobs = work(shapes, *size)
+        rates = ceilings(device, min(4096, 4 * shapes["hidden_size"]))
+        for name, rate in rates.items():
             print(f"ceiling     {rate:.4g} TFLOP/s {name}")
+        passes, hessians = (1e-12 * jobs[n] / rates[c] for n, c in ((FORWARD, BF16), ("Hessian", GRAM)))
+        floor = 2 * passes + hessians + 0.09
+        print(f"floor       {floor:.3f} s / layer: 2 x {passes:.3f} forward, {hessians:.3f} Hessians, 0.09 the rest")
+        best = float("inf")
         for share in options.drift:
-            spec = QuantizeStage(kind="quantize", drift_correction=share)
+            spec = QuantizeStage(kind="quantize", drift_correction=share, group_size=group)  # type: ignore[arg-type]
             quantize(few, tokens, device, spec, limit)  # compiles the kernels
             start, record = (quantize(each, tokens, device, spec, limit) for each in (few, model))
             each = (record.seconds - start.seconds) / (options.layers - 2)
+            best = min(best, each)
             layers = "  ".join(f"{layer.seconds:.3f}" for layer in record.layers)
             peak = (record.peak_gpu_memory_bytes or record.peak_memory_bytes) / 1e9
             print(f"drift_correction {share}: {each:.3f} s / layer, peak {peak:.2f} GB; layers by themselves {layers}")
-        if options.no_phases:
-            return
-        phases = Phases(device)
-        phases.wrap(stage._Quantization, "_transform", "forward and the rest")
-        phases.wrap(LayerStream, "load_layer", "read weights")
-        phases.wrap(LayerStream, "fill_layer", "read weights")
-        phases.wrap(LayerStream, "groups", "find groups")
-        phases.wrap(Drift, "add", "drift")
-        phases.wrap(Drift, "correct", "drift")
-        phases.wrap(Gram, "add", "Hessian")
-        phases.wrap(Gram, "total", "Hessian")
-        for name, phase in (
-            ("factorize", "factor"), ("gptq", "solve"), ("describe", "record")
-        ):  # fmt: skip
-            phases.wrap(solve, name, phase)
-        phases.wrap(stage, "received_attention", "attention weights")
-        phases.wrap(stage, "_check_finite", "check")
-        phases.wrap(stage._Quantization, "_packed", "pack")
-        quantize(model, tokens, device, spec, limit)
-        total = sum(phases.seconds.values())
-        print(f"phases at drift_correction {share}:")
-        for name, taken in sorted(phases.seconds.items(), key=lambda row: -row[1]):
-            print(f"{name:<18}{taken / options.layers:8.3f} s / layer {taken / total:6.1%}")
+        if not options.no_phases:
+            show_phases(device, jobs, lambda: quantize(model, tokens, device, spec, limit))
+        write_model(folder / "four", 4, shapes, device)
+        for system, python in (("llm-compressor", options.llm_compressor), ("GPTQModel", options.gptqmodel)):
+            if python:
+                each = show_peer(system, python, folder, [*size, 4, group])
+                print(f"{system} takes {each / best:.1f} x our {best:.3f} s")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from layers import SHAPES, TINY, quantize, write_model
+from layers import SHAPES, quantize, write_model
 
 from compress import distributed
 from compress.recipe import QuantizeStage
@@ -37,7 +37,7 @@ def main() -> None:
         few, model = folder / "few", folder / "model"
         if leads:
             for path, layers in ((few, 2), (model, options.layers)):
-                write_model(path, layers, TINY if options.tiny else SHAPES, device)
+                write_model(path, layers, SHAPES["tiny" if options.tiny else "llama-8b"], device)
             print(f"{world} x {device.type}, {options.samples} x {options.sequence_length} tokens, W4 g128", flush=True)
         distributed.barrier()
         for share in options.drift:
