@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import ModelError, NumericalError
+from compress.finite import all_finite
 
 CHUNK_BYTES = 256 * 2**20
 """Working memory of `token_divergence`, beside the logits that it is given."""
@@ -89,9 +90,8 @@ def _divergence(base_NV: Tensor, candidate_NV: Tensor, targets_N: Tensor, first:
     squared. What is left is the rounding of exp, 6e-8 nats a token; sum p (ln p - ln q) errs by 1e-6 and goes below 0.
     """
     for name, logits in (("base", base_NV), ("compressed", candidate_NV)):
-        finite = torch.isfinite(logits).all(dim=1)
-        if not finite.all():
-            token = first + int((~finite).nonzero()[0])
+        if not all_finite(logits):
+            token = first + int((~torch.isfinite(logits).all(dim=1)).nonzero()[0])
             raise NumericalError(
                 f"evaluation: the {name} model's logits hold NaN or inf (first at token {token}); "
                 "its weights are damaged, or its numbers overflow this dtype: evaluate it in float32"

@@ -1,8 +1,9 @@
 """Codes to 32-bit words and back: the one layout that both checkpoint formats use.
 
 Codes lie one after the other, lowest bits first, without gaps: 32 codes fill exactly `bits` words (8 of 4 bits fill
-one), and a 3-bit code may straddle two of them. compressed-tensors packs so too, but for 3 bits only from 0.18 on (older ones leave gaps);
-a file must not depend on which one is installed, so its function is the tests' reference and not called here.
+one), and a 3-bit code may straddle two of them. compressed-tensors packs so too, but for 3 bits only from 0.18 on
+(older ones leave gaps); a file must not depend on which one is installed, so its function is the tests' reference and
+not called here.
 
 Shapes: R rows, C codes in a row, W = ceil(C * bits / 32) words in a row.
 """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.errors import ModelError, NumericalError
+from compress.finite import all_finite
 from compress.model.activations import Activations
 from compress.model.kv_cache import Change, attention_modules, pass_through
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
@@ -99,6 +100,7 @@ class LayerStream:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._groups: dict[tuple[tuple[str, torch.Size], ...], list[Group]] = {}
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._inside = 0  # of how many `outer()`
 
     def _through(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -225,7 +227,7 @@ class LayerStream:
             hidden = activations.get(number)
             out = layer(hidden, **activations.of_layer(index, hidden))
             out = out[0] if isinstance(out, tuple) else out
-            finite[number] = torch.isfinite(out).all()
+            finite[number] = all_finite(out)
             activations.put(number, out)
 
         groups = self.groups(index, activations) if groups is None else groups
@@ -301,7 +303,7 @@ class LayerStream:
             setattr(owner, name, self.layers)
 
     def outer(self) -> "_Outer":
-        """Context in which embeddings, final norm and head are in memory."""
+        """Context in which embeddings, final norm and head are in memory; one inside another reads nothing again."""
         return _Outer(self)
 
     def close(self) -> None:
@@ -317,6 +319,9 @@ class _Outer:
 
     def __enter__(self) -> None:
         stream = self.stream
+        stream._inside += 1
+        if stream._inside > 1:
+            return
         inside = stream.arch.layers + "."
         outside = [name for name in stream.source.tensors if not name.startswith(inside)]
         loaded = stream.source.load(outside, stream.device)
@@ -331,6 +336,9 @@ class _Outer:
         check_present([n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers])
 
     def __exit__(self, *_: object) -> None:
+        self.stream._inside -= 1
+        if self.stream._inside:
+            return
         for name, parameter in list(self.stream.model.named_parameters()):
             if not parameter.is_meta:
                 set_tensor(self.stream.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -26,13 +26,12 @@ class Original:
 
     Args:
         stream: of the original model, filled from what another stream has read.
-        tokens: [N, S], the calibration.
-        probe: [1, S], a few tokens.
+        activations: of the calibration, in front of the first layer.
+        probe: of a few tokens.
     """
 
-    def __init__(self, stream: LayerStream, tokens: Tensor, probe: Tensor) -> None:
-        self.stream = stream
-        self._activations, self._probe = stream.start(tokens), stream.start(probe)
+    def __init__(self, stream: LayerStream, activations: Activations, probe: Activations) -> None:
+        self.stream, self._activations, self._probe = stream, activations, probe
 
     def run(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Go through a layer."""

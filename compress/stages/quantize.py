@@ -20,6 +20,7 @@ from compress import distributed
 from compress.artefact import write_text
 from compress.errors import NumericalError, RecipeError
 from compress.export.formats import FORMATS
+from compress.finite import all_finite
 from compress.memory import PeakMemory
 from compress.model.activations import Activations
 from compress.model.arch import ATTENDED
@@ -121,7 +122,7 @@ class _Quantization:
         self.resumed = sum(finished)
         if self.resumed:
             self.context.reporter.say(f"continuing behind {self.resumed} finished layers")
-        _check_finite(self.parent.load(self._outer_names()))
+        _check_finite(self.parent.load(self._outer_names(), self.context.device))
         layers = self._layers(parts, finished)
         if distributed.rank() == 0:
             self._finish([self.output / _OUTER, *parts])
@@ -144,12 +145,11 @@ class _Quantization:
         """Run all layers, then what lies outside of them; one part is written for each that was not finished before."""
         stream, records = self.stream, []
         outside = self._embed()
-        probe = stream.start(self.context.probe)
-        activations = stream.start(self._calibration()) if self.spec.calibrates else None
-        if self.solver.correction:
-            context = self.context
-            beside = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, stream.room)
-            self.original = Original(beside, self._calibration(), context.probe)
+        with stream.outer():
+            probe = stream.start(self.context.probe)
+            activations = stream.start(self._calibration()) if self.spec.calibrates else None
+        if self.solver.correction and activations is not None:
+            self.original = self._beside(activations, probe)
         with ThreadPoolExecutor(1, "write") as writer:
             writing: Future[None] | None = None
             with self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
@@ -171,6 +171,15 @@ class _Quantization:
         stream.close()
         records += self._outside(outside, activations, probe)
         return records
+
+    def _beside(self, activations: Activations, probe: Activations) -> Original:
+        """The original model, in front of its first layer as the quantized one is with these activations."""
+        context = self.context
+        stream = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, self.stream.room)
+        if not self.stream.replaced:
+            return Original(stream, activations.copy(), probe.copy())
+        with stream.outer():
+            return Original(stream, stream.start(self._calibration()), stream.start(context.probe))
 
     def _calibration(self) -> Tensor:
         """This process's sequences."""
@@ -352,6 +361,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericalError(f"{name} holds NaN or inf: the model is damaged; download or export it again")
+    found = {name: all_finite(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if found and not bool(torch.stack(list(found.values())).all()):
+        name = next(name for name, finite in found.items() if not finite)
+        raise NumericalError(f"{name} holds NaN or inf: the model is damaged; download or export it again")
