@@ -5,9 +5,10 @@ of each earlier run of 16 columns as one sum, those of its own run one at a time
 quotients are rounded as IEEE 754 asks. On one device the codes are the twin's, bit for bit, unless cuBLAS adds up one
 of the twin's products in another order: then fewer than one row in a thousand had a tie that fell the other way.
 
-The errors of earlier runs reach a run as a tile, by several warps. Inside a run a thread owns a row and the columns are
-registers of their own (a tuple, unrolled when compiled): a tile could not be indexed by a column without a reduction.
-What both sides need passes through memory, which for so little is the cache.
+The errors of earlier columns reach half a run as a tile, by several warps. Inside that half a thread owns a row and the
+columns are registers of their own (a tuple, unrolled when compiled): a tile could not be indexed by a column without a
+reduction. What both sides need passes through memory, which for so little is the cache. A whole run unrolled would be
+no faster, and takes several times as long to compile.
 
 Shapes: O rows of the matrix (the fast axis in memory), w columns of the block.
 """
@@ -50,7 +51,7 @@ def quantize_columns(
     assert all(tensor.is_contiguous() for tensor in (work, fed, feedback, codes))
     _columns[(triton.cdiv(rows, _ROWS),)](
         work, fed, codes, feedback, pivot, scale.contiguous(), zero.contiguous(), loss,
-        rows, float(largest_code), WIDTH=width, EVEN=width % 16 == 0, RUN=16,
+        rows, float(largest_code), WIDTH=width, EVEN=width % 16 == 0, RUN=16, HALF=8,
         ROWS=_ROWS, num_warps=4 if rows < _MANY_ROWS else 1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -58,31 +59,36 @@ def quantize_columns(
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _columns(
     work, fed, codes, feedback, pivot, scale, zero, loss,
-    rows, largest, WIDTH: tl.constexpr, EVEN: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
+    rows, largest, WIDTH: tl.constexpr, EVEN: tl.constexpr, RUN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     step = tl.load(scale + row, mask=inside, other=1.0)
     offset = tl.load(zero + row, mask=inside, other=0.0)
     lost = tl.load(loss + row, mask=inside, other=0.0)
-    of_run = tl.arange(0, RUN)
-    for first in range(0, WIDTH, RUN):
-        exists = (first + of_run < WIDTH) | EVEN
-        tile = row[None, :] + (first + of_run)[:, None] * rows
+    of_half = tl.arange(0, HALF)
+    for first in range(0, WIDTH, HALF):
+        exists = (first + of_half < WIDTH) | EVEN
+        tile = row[None, :] + (first + of_half)[:, None] * rows
         mask = inside[None, :] & exists[:, None]
         target = tl.load(work + tile, mask=mask, other=0.0) + tl.load(fed + tile, mask=mask, other=0.0)
-        for before in range(0, first, RUN):
-            total = tl.zeros([RUN, ROWS], tl.float32)
+        run = first // RUN * RUN
+        for before in range(0, run, RUN):
+            total = tl.zeros([HALF, ROWS], tl.float32)
             for k in tl.static_range(RUN):
                 error = tl.load(work + row + (before + k) * rows, mask=inside, other=0.0)
-                factor = tl.load(feedback + (before + k) * WIDTH + first + of_run, mask=exists, other=0.0)
+                factor = tl.load(feedback + (before + k) * WIDTH + first + of_half, mask=exists, other=0.0)
                 total = tl.fma(factor[:, None], error[None, :], total)
             target += total
+        for k in range(run, first):  # the half before, of the same run
+            error = tl.load(work + row + k * rows, mask=inside, other=0.0)
+            factor = tl.load(feedback + k * WIDTH + first + of_half, mask=exists, other=0.0)
+            target = tl.fma(factor[:, None], error[None, :], target)
         tl.store(fed + tile, target, mask=mask)
         factors = ()  # all that the columns below load is loaded here: none of it waits behind a division
         weights = ()
         costs = ()
-        for c in tl.static_range(RUN):
+        for c in tl.static_range(HALF):
             there = EVEN or first + c < WIDTH
             for k in tl.static_range(c):
                 factors += (tl.load(feedback + (first + k) * WIDTH + first + c, mask=there, other=0.0),)
@@ -90,12 +96,12 @@ def _columns(
             costs += (tl.load(pivot + first + c, mask=there, other=0.0),)
         tl.debug_barrier()  # the targets are read back as columns
         targets = ()
-        for c in tl.static_range(RUN):
+        for c in tl.static_range(HALF):
             there = EVEN or first + c < WIDTH
             targets += (tl.load(fed + row + (first + c) * rows, mask=inside & there, other=0.0),)
         errors = ()
         levels = ()
-        for c in tl.static_range(RUN):
+        for c in tl.static_range(HALF):
             target = targets[c]
             for k in tl.static_range(c):
                 target = tl.fma(errors[k], factors[c * (c - 1) // 2 + k], target)
@@ -104,7 +110,7 @@ def _columns(
             levels += (level,)
             missed = tl.fma(-level, step, target)
             lost += costs[c] * (missed * missed)
-        for c in tl.static_range(RUN):
+        for c in tl.static_range(HALF):
             there = inside & (EVEN or first + c < WIDTH)
             at = row + (first + c) * rows
             tl.store(work + at, errors[c], mask=there)
