@@ -67,55 +67,56 @@ def _columns(
     offset = tl.load(zero + row, mask=inside, other=0.0)
     lost = tl.load(loss + row, mask=inside, other=0.0)
     of_half = tl.arange(0, HALF)
-    for first in range(0, WIDTH, HALF):
-        exists = (first + of_half < WIDTH) | EVEN
-        tile = row[None, :] + (first + of_half)[:, None] * rows
-        mask = inside[None, :] & exists[:, None]
-        target = tl.load(work + tile, mask=mask, other=0.0) + tl.load(fed + tile, mask=mask, other=0.0)
-        run = first // RUN * RUN
-        for before in range(0, run, RUN):
-            total = tl.zeros([HALF, ROWS], tl.float32)
-            for k in tl.static_range(RUN):
-                error = tl.load(work + row + (before + k) * rows, mask=inside, other=0.0)
-                factor = tl.load(feedback + (before + k) * WIDTH + first + of_half, mask=exists, other=0.0)
-                total = tl.fma(factor[:, None], error[None, :], total)
-            target += total
-        for k in range(run, first):  # the half before, of the same run
-            error = tl.load(work + row + k * rows, mask=inside, other=0.0)
-            factor = tl.load(feedback + k * WIDTH + first + of_half, mask=exists, other=0.0)
-            target = tl.fma(factor[:, None], error[None, :], target)
-        tl.store(fed + tile, target, mask=mask)
-        factors = ()  # all that the columns below load is loaded here: none of it waits behind a division
-        weights = ()
-        costs = ()
-        for c in tl.static_range(HALF):
-            there = EVEN or first + c < WIDTH
-            for k in tl.static_range(c):
-                factors += (tl.load(feedback + (first + k) * WIDTH + first + c, mask=there, other=0.0),)
-            weights += (tl.load(work + row + (first + c) * rows, mask=inside & there, other=0.0),)
-            costs += (tl.load(pivot + first + c, mask=there, other=0.0),)
-        tl.debug_barrier()  # the targets are read back as columns
-        targets = ()
-        for c in tl.static_range(HALF):
-            there = EVEN or first + c < WIDTH
-            targets += (tl.load(fed + row + (first + c) * rows, mask=inside & there, other=0.0),)
-        errors = ()
-        levels = ()
-        for c in tl.static_range(HALF):
-            target = targets[c]
-            for k in tl.static_range(c):
-                target = tl.fma(errors[k], factors[c * (c - 1) // 2 + k], target)
-            level = _nearest(tl.minimum(tl.maximum(tl.div_rn(target, step), -offset), largest - offset))
-            errors += (tl.fma(-level, step, weights[c]),)
-            levels += (level,)
-            missed = tl.fma(-level, step, target)
-            lost += costs[c] * (missed * missed)
-        for c in tl.static_range(HALF):
-            there = inside & (EVEN or first + c < WIDTH)
-            at = row + (first + c) * rows
-            tl.store(work + at, errors[c], mask=there)
-            tl.store(codes + at, (levels[c] + offset).to(tl.uint8), mask=there)
-        tl.debug_barrier()  # so are the errors
+    for start in range(0, WIDTH, RUN):
+        for half in range(0, RUN, HALF):
+            first = start + half
+            exists = (first + of_half < WIDTH) | EVEN
+            tile = row[None, :] + (first + of_half)[:, None] * rows
+            mask = inside[None, :] & exists[:, None]
+            target = tl.load(work + tile, mask=mask, other=0.0) + tl.load(fed + tile, mask=mask, other=0.0)
+            for before in range(0, start, RUN):
+                total = tl.zeros([HALF, ROWS], tl.float32)
+                for k in tl.static_range(RUN):
+                    error = tl.load(work + row + (before + k) * rows, mask=inside, other=0.0)
+                    factor = tl.load(feedback + (before + k) * WIDTH + first + of_half, mask=exists, other=0.0)
+                    total = tl.fma(factor[:, None], error[None, :], total)
+                target += total
+            for k in range(start, start + half):  # the half before, of the same run
+                error = tl.load(work + row + k * rows, mask=inside, other=0.0)
+                factor = tl.load(feedback + k * WIDTH + first + of_half, mask=exists, other=0.0)
+                target = tl.fma(factor[:, None], error[None, :], target)
+            tl.store(fed + tile, target, mask=mask)
+            factors = ()  # all that the columns below load is loaded here: none of it waits behind a division
+            weights = ()
+            costs = ()
+            for c in tl.static_range(HALF):
+                there = EVEN or first + c < WIDTH
+                for k in tl.static_range(c):
+                    factors += (tl.load(feedback + (first + k) * WIDTH + first + c, mask=there, other=0.0),)
+                weights += (tl.load(work + row + (first + c) * rows, mask=inside & there, other=0.0),)
+                costs += (tl.load(pivot + first + c, mask=there, other=0.0),)
+            tl.debug_barrier()  # the targets are read back as columns
+            targets = ()
+            for c in tl.static_range(HALF):
+                there = EVEN or first + c < WIDTH
+                targets += (tl.load(fed + row + (first + c) * rows, mask=inside & there, other=0.0),)
+            errors = ()
+            levels = ()
+            for c in tl.static_range(HALF):
+                target = targets[c]
+                for k in tl.static_range(c):
+                    target = tl.fma(errors[k], factors[c * (c - 1) // 2 + k], target)
+                level = _nearest(tl.minimum(tl.maximum(tl.div_rn(target, step), -offset), largest - offset))
+                errors += (tl.fma(-level, step, weights[c]),)
+                levels += (level,)
+                missed = tl.fma(-level, step, target)
+                lost += costs[c] * (missed * missed)
+            for c in tl.static_range(HALF):
+                there = inside & (EVEN or first + c < WIDTH)
+                at = row + (first + c) * rows
+                tl.store(work + at, errors[c], mask=there)
+                tl.store(codes + at, (levels[c] + offset).to(tl.uint8), mask=there)
+            tl.debug_barrier()  # so are the errors
     tl.store(loss + row, lost, mask=inside)
 
 
