@@ -53,7 +53,10 @@ class InputScales:
         self.errors: dict[str, dict[str, float]] = {}
         self._float8, self._in_kernels = spec.dtype == "fp8", in_kernels
         self._smoothing = Smoothing(spec, matrices, grids, stream) if spec.smooth is not None else None
-        self._cache = CacheScales(stream, next(iter(grids.values())).scale_dtype) if spec.kv_cache else None
+        self._cache: CacheScales | None = None
+        if spec.kv_cache is not None:
+            scale_dtype = next(iter(grids.values())).scale_dtype
+            self._cache = CacheScales(stream, scale_dtype, spec.kv_cache == "fp8_per_head")
         self._sample: Tensor | None = None
 
     def prepare(
@@ -153,7 +156,7 @@ class InputScales:
         return module.model_copy(update=more | {"errors": self.errors.get(name, {})})
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Static scales [1] of these linears and of their layer's cache, by full name, as they are stored."""
+        """Static scales of these linears, [1] each, and of their layer's cache, by full name, as they are stored."""
         scales = {} if self._cache is None else self._cache.tensors(next(iter(names)))
         for name in names:
             scale = self.rounding[name].scale
@@ -176,6 +179,8 @@ class InputScales:
             self._cache.restore(tensors)
 
     @property
-    def caches(self) -> bool:
-        """Whether the checkpoint has scales for a cache."""
-        return self._cache is not None
+    def cache_strategy(self) -> str | None:
+        """What shares a scale in the cache, as compressed-tensors calls it: tensor or attn_head; None without one."""
+        if self._cache is None:
+            return None
+        return "attn_head" if self._cache.per_head else "tensor"

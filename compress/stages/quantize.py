@@ -335,7 +335,7 @@ class _Quantization:
             unquantized,
             self._embeddings(),
             self.inputs.rounding if self.inputs else {},
-            self.inputs is not None and self.inputs.caches,
+            self.inputs.cache_strategy if self.inputs else None,
         )
         if self.modules.head in self.matrices:
             config["tie_word_embeddings"] = False
