@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError, RecipeError
 from compress.export import eight_bit
 from compress.export.dense import DenseView
+from compress.model import stream as stream_module
 from compress.model.checkpoint import Checkpoint, read_part
+from compress.model.steps import Arrival, Passes, Step
 from compress.progress import Reporter
 from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import Grid, InputRounding
@@ -193,6 +198,51 @@ def test_hybrid(models: Callable[..., Path], tmp_path: Path) -> None:
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "int-quantized" and len(config["config_groups"]) == 2
     assert config["ignore"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
+
+
+# ---- little memory
+
+
+@pytest.mark.parametrize(
+    ("passes", "method", "settings"),
+    [
+        (4, "static", {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"}),  # smooth, 2, Hessian
+        (1, "static", {"observer": "moving_average", "weight_rounding": "rtn"}),
+        (2, "auto", {}),  # range, Hessian
+        (2, "dynamic", {"smooth": 0.5, "weight_rounding": "rtn"}),  # smooth, errors
+        (1, "dynamic", {}),
+    ],
+)
+def test_batches_are_not_held_together_where_memory_is_small(
+    models: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: int,
+    method: str,
+    settings: dict[str, Any],
+) -> None:
+    """Nor does it change a byte of what is written, or a figure."""
+    monkeypatch.setitem(stream_module.TOKENS_PER_BATCH, "cpu", 24)  # six batches
+    records = [quantize(spec(method, **settings), Checkpoint(models()), tmp_path / "large", context())]
+    usual, inputs, most = stream_module.again, [], [0]
+
+    def again(*arguments: Any) -> Iterator[Step]:
+        for group, arrivals in usual(*arguments):
+            yield group, Passes(partial(map, noted, arrivals))
+
+    def noted(arrival: Arrival) -> Arrival:
+        inputs.append(weakref.ref(arrival.input.untyped_storage()))
+        most[0] = max(most[0], sum(storage() is not None for storage in inputs))
+        return arrival
+
+    monkeypatch.setattr(stream_module, "again", again)
+    small = replace(context(), max_memory=1)
+    records.append(quantize(spec(method, **settings), Checkpoint(models()), tmp_path / "small", small))
+    assert len(inputs) == passes * 6 * 4 * 2  # batches, groups, layers
+    assert most[0] <= 2
+    assert errors(records[0]) == errors(records[1]) and all(errors(records[0]).values())
+    written = [(tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in ("large", "small")]
+    assert written[0] == written[1]
 
 
 # ---- smoothing
