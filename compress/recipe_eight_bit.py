@@ -50,8 +50,10 @@ class EightBitStage(Closed):
         description="SmoothQuant: large input channels move into the weights, by this power (0 to 1), or by the "
         "power that gives each layer the least output error (auto).",
     )
-    kv_cache: Literal["fp8"] | None = Field(
-        default=None, description="fp8: calibrated scales for an 8-bit cache of keys and values."
+    kv_cache: Literal["fp8", "fp8_per_head"] | None = Field(
+        default=None,
+        description="Calibrated scales for an 8-bit cache of keys and values: one of each per layer (fp8), or per "
+        "head (fp8_per_head).",
     )
     budget: Number = Field(
         default=0.05,

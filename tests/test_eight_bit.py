@@ -1,7 +1,11 @@
 """8-bit weights and inputs: what is computed while quantizing is what the files say and what stock loaders compute."""
 
 import json
+import shutil
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,17 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import load_stock, make_model, random_tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
-from compress.errors import RecipeError
+from compress.errors import CalibrationError, RecipeError
 from compress.export import eight_bit
 from compress.export.dense import DenseView
+from compress.model import stream as stream_module
 from compress.model.checkpoint import Checkpoint, read_part
+from compress.model.steps import Arrival, Passes, Step
 from compress.progress import Reporter
 from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import Grid, InputRounding
@@ -133,7 +139,7 @@ def test_files_are_what_the_library_writes(name: str, rows: int) -> None:
     tensors = eight_bit.pack(matrix)
     again = eight_bit.unpack(tensors, grid)
     assert torch.equal(again.dequantize(), matrix.dequantize()) and torch.equal(again.scale, matrix.scale)
-    config = eight_bit.quantization_config({"m": grid}, {"m": InputRounding(grid.float8)}, [], False)
+    config = eight_bit.quantization_config({"m": grid}, {"m": InputRounding(grid.float8)}, [], None)
     scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(config["format"])
     library = compressor.compress({"weight": weight, "weight_scale": tensors["weight_scale"].float()}, scheme)
@@ -192,6 +198,51 @@ def test_hybrid(models: Callable[..., Path], tmp_path: Path) -> None:
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "int-quantized" and len(config["config_groups"]) == 2
     assert config["ignore"] == ["model.layers.1.self_attn.o_proj", "lm_head"]
+
+
+# ---- little memory
+
+
+@pytest.mark.parametrize(
+    ("passes", "method", "settings"),
+    [
+        (4, "static", {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"}),  # smooth, 2, Hessian
+        (1, "static", {"observer": "moving_average", "weight_rounding": "rtn"}),
+        (2, "auto", {}),  # range, Hessian
+        (2, "dynamic", {"smooth": 0.5, "weight_rounding": "rtn"}),  # smooth, errors
+        (1, "dynamic", {}),
+    ],
+)
+def test_batches_are_not_held_together_where_memory_is_small(
+    models: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: int,
+    method: str,
+    settings: dict[str, Any],
+) -> None:
+    """Nor does it change a byte of what is written, or a figure."""
+    monkeypatch.setitem(stream_module.TOKENS_PER_BATCH, "cpu", 24)  # six batches
+    records = [quantize(spec(method, **settings), Checkpoint(models()), tmp_path / "large", context())]
+    usual, inputs, most = stream_module.again, [], [0]
+
+    def again(*arguments: Any) -> Iterator[Step]:
+        for group, arrivals in usual(*arguments):
+            yield group, Passes(partial(map, noted, arrivals))
+
+    def noted(arrival: Arrival) -> Arrival:
+        inputs.append(weakref.ref(arrival.input.untyped_storage()))
+        most[0] = max(most[0], sum(storage() is not None for storage in inputs))
+        return arrival
+
+    monkeypatch.setattr(stream_module, "again", again)
+    small = replace(context(), max_memory=1)
+    records.append(quantize(spec(method, **settings), Checkpoint(models()), tmp_path / "small", small))
+    assert len(inputs) == passes * 6 * 4 * 2  # batches, groups, layers
+    assert most[0] <= 2
+    assert errors(records[0]) == errors(records[1]) and all(errors(records[0]).values())
+    written = [(tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in ("large", "small")]
+    assert written[0] == written[1]
 
 
 # ---- smoothing
@@ -262,28 +313,34 @@ def test_auto_is_never_worse_than_both_of_its_choices(models: Callable[..., Path
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize(("kv_cache", "strategy"), [("fp8", "tensor"), ("fp8_per_head", "attn_head")])
 def test_keys_and_values_are_rounded_as_stock_loaders_do(
-    models: Callable[..., Path], tmp_path: Path, family: str
+    models: Callable[..., Path], tmp_path: Path, family: str, kv_cache: str, strategy: str
 ) -> None:
+    """All four have half as many key-value heads as heads."""
     config = {"query_pre_attn_scalar": 16} if family == "gemma2" else {}
     parent = Checkpoint(models(family, **config))
-    quantize(spec("static", dtype="fp8", kv_cache="fp8"), parent, tmp_path, context())
+    quantize(spec("static", dtype="fp8", kv_cache=kv_cache), parent, tmp_path, context())
     check_logits(tmp_path)
     quantize(spec("static", dtype="fp8"), parent, tmp_path / "without", context())
     logits = [read_part(work / PROBE)[0]["logits"] for work in (tmp_path, tmp_path / "without")]
     assert not torch.equal(logits[0], logits[1])  # so the comparison above compares something
     tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
-    scales = {name.rpartition(".")[2] for name in tensors if "self_attn.k_scale" in name or "self_attn.v_scale" in name}
-    assert scales == {"k_scale", "v_scale"}
+    shape = (1,) if kv_cache == "fp8" else (2, 1, 1)
+    scales = {n: t for n, t in tensors.items() if n.endswith((".k_scale", ".v_scale"))}
+    assert len(scales) == 4 and all(scale.shape == shape for scale in scales.values())
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"] == {
-        "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False
+        "num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False
     }  # fmt: skip
 
 
-def test_cache_scales_are_the_largest_keys_and_values(models: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["fp8", "fp8_per_head"])
+def test_cache_scales_are_the_largest_keys_and_values(
+    models: Callable[..., Path], tmp_path: Path, kv_cache: str
+) -> None:
     """Of the first layer, whose inputs are the embeddings: against stock transformers."""
-    quantize(spec("static", dtype="fp8", kv_cache="fp8"), Checkpoint(models()), tmp_path, context())
+    quantize(spec("static", dtype="fp8", kv_cache=kv_cache), Checkpoint(models()), tmp_path, context())
     tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
     stock = load_stock(models(), torch.bfloat16)
     tokens = context().tokens
@@ -291,22 +348,53 @@ def test_cache_scales_are_the_largest_keys_and_values(models: Callable[..., Path
     cache = stock(tokens.tokens, use_cache=True).past_key_values
     for part, states in (("k", cache.layers[0].keys), ("v", cache.layers[0].values)):
         scale = tensors[f"model.layers.0.self_attn.{part}_scale"]
-        assert torch.equal(scale, (states.abs().amax().float() / 448).to(torch.bfloat16).view(1))
+        heads = torch.stack([states[:, head].abs().amax() for head in range(2)]).float()
+        wanted = (heads / 448).to(torch.bfloat16)
+        assert wanted[0] != wanted[1]
+        assert torch.equal(scale, wanted.amax().view(1) if kv_cache == "fp8" else wanted.view(2, 1, 1))
+
+
+def change(models: Callable[..., Path], folder: Path, weight: str, heads: slice) -> Path:
+    """The usual model with some heads of layer 1 silent."""
+    shutil.copytree(models(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.self_attn.{weight}"].view(2, 16, 64)[heads] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_silent_head_does_not_stop_the_others(models: Callable[..., Path], tmp_path: Path) -> None:
+    parent = change(models, tmp_path / "model", "v_proj.weight", slice(1, 2))
+    quantize(spec("static", dtype="fp8", kv_cache="fp8_per_head"), Checkpoint(parent), tmp_path, context())
+    check_logits(tmp_path)
+    silent = change(models, tmp_path / "silent", "v_proj.weight", slice(0, 2))
+    with pytest.raises(
+        CalibrationError, match=r"layers.1.self_attn: keys or values are all zero .* use kv_cache: null$"
+    ):
+        quantize(spec("static", dtype="fp8", kv_cache="fp8_per_head"), Checkpoint(silent), tmp_path / "no", context())
 
 
 def test_a_family_whose_cache_is_not_known_is_refused(models: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^kv_cache: GPTNeoXForCausalLM has no attention modules"):
         quantize(spec(kv_cache="fp8"), Checkpoint(models("gpt_neox")), tmp_path, context())
+    opt = models("opt", ffn_dim=128, word_embed_proj_dim=64, num_key_value_heads=None)
+    with pytest.raises(RecipeError, match=r"^kv_cache: OPTForCausalLM has no num_key_value_heads in its config"):
+        quantize(spec(kv_cache="fp8"), Checkpoint(opt), tmp_path, context())
+    wrong = models("opt", ffn_dim=128, word_embed_proj_dim=64)  # its config says 2, and it has 4
+    with pytest.raises(
+        RecipeError, match=r"self_attn has 4 key-value heads and config.json says 2.*; use kv_cache: fp8$"
+    ):
+        quantize(spec(kv_cache="fp8_per_head"), Checkpoint(wrong), tmp_path, context())
 
 
 # ---- resume
 
 
-@pytest.mark.parametrize("method", ["static", "auto"])
+@pytest.mark.parametrize(("method", "kv_cache"), [("static", "fp8"), ("auto", "fp8_per_head")])
 def test_a_stopped_run_continues_to_the_same_bytes(
-    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kv_cache: str
 ) -> None:
-    settings = spec(method, dtype="fp8", smooth=0.5, kv_cache="fp8", weight_rounding="gptq")
+    settings = spec(method, dtype="fp8", smooth=0.5, kv_cache=kv_cache, weight_rounding="gptq")
     parent = Checkpoint(models(num_hidden_layers=3))
     quantize(settings, parent, tmp_path / "whole", context())
     usual, done = stage_module.write_part, []

@@ -266,7 +266,7 @@ EIGHT = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n    me
         ("smooth: 1.5", "smooth: 1.5 is not allowed; use 1 or less"),
         ("columns: 128", "columns: unknown key; use kind, method, dtype, bits, group_size, weight_rounding, "),
         ("observer: max", "observer: 'max' is not allowed; use minmax, moving_average, percentile or mse (did you"),
-        ("kv_cache: int8", "kv_cache: 'int8' is not allowed; use fp8"),
+        ("kv_cache: int8", "kv_cache: 'int8' is not allowed; use fp8 or fp8_per_head"),
         ("budget: -1", "budget: -1 is not allowed; use 0 or more"),
         (
             "symmetric: false",

@@ -151,7 +151,7 @@ def test_inputs_that_a_visit_leaves_unread_change_nothing(folder: Path) -> None:
         stream = open_stream(folder)
         activations = stream.start(tokens, 2)
         stream.fill_layer(0, stream.load_layer(0))
-        stream.run_layer(0, activations, lambda _, inputs, n=read: [next(inputs) for _ in range(n)] and None)
+        stream.run_layer(0, activations, lambda _, inputs, n=read: [*itertools.islice(inputs, n)] and None)
         results.append(torch.cat(activations.hidden))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

@@ -4,7 +4,8 @@ Stock transformers rounds the inputs as it runs (and computes in 16 bits); vLLM 
 `compressed_tensors.py` the codes go into the file as they are, and the tests hold that the library writes the same.
 
 What loaders make of it: both open all of it. vLLM's fused modules (`qkv_proj`, `gate_up_proj`) need one scheme for all
-of their parts, and its block kernels need widths that 128 divides. Its key-value cache takes one scale per tensor.
+of their parts, and its block kernels need widths that 128 divides. Its key-value cache takes a scale per tensor with
+every attention backend, and a scale per head with Flash Attention only.
 """
 
 import math
@@ -55,7 +56,7 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
 
 
 def quantization_config(
-    grids: Mapping[str, Grid], inputs: Mapping[str, InputRounding], unquantized: Sequence[str], kv_cache: bool
+    grids: Mapping[str, Grid], inputs: Mapping[str, InputRounding], unquantized: Sequence[str], cache: str | None
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
@@ -63,7 +64,8 @@ def quantization_config(
         grids: the grid of every quantized module, by its full name.
         inputs: how its inputs are rounded.
         unquantized: full names of the Linear modules that keep their weights (such as `lm_head`).
-        kv_cache: whether the file has scales for a float8 cache of keys and values.
+        cache: what shares a scale in a float8 cache of keys and values: `tensor` (scales [1]) or `attn_head` (a scale
+            per key-value head, [K, 1, 1]); None where the file has no such scales.
     """
     schemes: dict[tuple[Grid, bool], list[str]] = {}
     for name, grid in grids.items():
@@ -86,7 +88,7 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(unquantized),
-        "kv_cache_scheme": _arguments(True, "tensor") if kv_cache else None,
+        "kv_cache_scheme": None if cache is None else _arguments(True, cache),
         "global_compression_ratio": None,
         "version": compressed_tensors.__version__,
     }

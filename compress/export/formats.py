@@ -27,7 +27,7 @@ class Format:
         pack: tensors of a matrix.
         unpack: the matrix of these tensors.
         config: `quantization_config` for grids, unquantized linears, the embeddings among the grids, how inputs are
-            rounded, and whether there are scales for a cache.
+            rounded, and what shares a scale in the cache (None without scales).
         problems: why it can't hold these matrices, a line each.
         extra_files: further files beside config.json, by name, from the `quantization_config`.
         metadata: what goes into every file's header, from the grids and the shapes of all tensors.
@@ -40,7 +40,7 @@ class Format:
     scale_dtype: Callable[[torch.dtype], torch.dtype]
     pack: Callable[[Quantized], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Grid], Quantized]
-    config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, bool], dict[str, Any]]
+    config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, str | None], dict[str, Any]]
     problems: Callable[[Shapes, Grids, Sequence[str]], list[str]]
     extra_files: Callable[[dict[str, Any]], dict[str, str]]
     metadata: Callable[[Grids, Mapping[str, Sequence[int]]], dict[str, str]] = lambda grids, shapes: {}

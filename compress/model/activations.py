@@ -25,6 +25,11 @@ class Activations:
     arguments: dict[tuple[int, int], list[dict[str, Any]]]
     device: torch.device
 
+    @property
+    def tokens(self) -> int:
+        """How many there are in all batches."""
+        return sum(batch.shape[0] * batch.shape[1] for batch in self.hidden)
+
     def of_layer(self, index: int, hidden: Tensor) -> dict[str, Any]:
         """Keyword arguments with which layer `index` is called for this batch."""
         return self.arguments[(hidden.shape[0], hidden.shape[1])][index]

@@ -7,11 +7,15 @@ Two ways with the same numbers. `in_step` keeps every batch where it stopped, in
 once, and the inputs of a group are all in memory. `again` keeps nothing: in front of each group every batch is run from
 the layer's beginning, about twice the forward passes in all. Left out: the usual two-pass loop (observe, transform, run
 again), which costs as much as `again` for coarser statistics.
+
+Until a group's weights are replaced, the caller may go through its inputs as often as it likes: `in_step` gives the
+kept ones, `again` runs the batches each time, so that what needs two passes need not keep them either.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -21,6 +25,7 @@ from compress.model.stand_in import Reached
 
 Group = tuple[str, ...]
 Work = Callable[[int], None]
+T = TypeVar("T")
 
 
 class Arrival(NamedTuple):
@@ -30,7 +35,17 @@ class Arrival(NamedTuple):
     residual: Tensor | None
 
 
-Step = tuple[Group, Iterator[Arrival]]
+class Passes(Generic[T]):
+    """An iterable that can be gone through several times: each pass is made anew."""
+
+    def __init__(self, make: Callable[[], Iterable[T]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._make())
+
+
+Step = tuple[Group, Passes[Arrival]]
 
 
 class PathsDiffer(Exception):
@@ -73,7 +88,7 @@ def in_step(layer: nn.Module, groups: Sequence[Group], work: Work, batches: int)
         batches: how many there are.
 
     Yields:
-        Each group, in order, with an iterator over the batches' arrivals in front of it.
+        Each group, in order, with the batches' arrivals in front of it.
 
     Raises:
         PathsDiffer: batches that don't all pass all groups in order.
@@ -81,20 +96,24 @@ def in_step(layer: nn.Module, groups: Sequence[Group], work: Work, batches: int)
     main, where = getcurrent(), _Where()
     fibres = [greenlet(work, main) for _ in range(batches)]
 
-    def arrivals(group: Group) -> Iterator[Arrival]:
-        for number, fibre in enumerate(fibres):
+    def arrivals(group: Group, kept: list[Arrival]) -> Iterator[Arrival]:
+        yield from kept
+        for number, fibre in enumerate(fibres[len(kept) :], len(kept)):
             where.batch = number
             arrived = fibre.switch() if fibre else fibre.switch(number)
             if fibre.dead or arrived[0] != group:
                 raise PathsDiffer
-            yield Arrival(arrived[1], where.residuals.get(number))
+            kept.append(Arrival(arrived[1], where.residuals.get(number)))
+            yield kept[-1]
 
     with _stops(layer, groups, lambda group, x: main.switch(group, x), where):
         for group in groups:
-            inputs = arrivals(group)
+            kept: list[Arrival] = []
+            inputs = Passes(partial(arrivals, group, kept))
             yield group, inputs
             for _ in inputs:
                 pass
+            kept.clear()
         for number, fibre in enumerate(fibres):
             where.batch = number
             fibre.switch()
@@ -120,7 +139,7 @@ def again(layer: nn.Module, groups: Sequence[Group], work: Work, batches: int) -
             yield Arrival(caught.pop(), where.residuals.pop(where.batch, None))
 
     for group in groups:
-        yield group, arrivals(group)
+        yield group, Passes(partial(arrivals, group))
     for number in range(batches):
         work(number)
 

@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,12 +30,12 @@ from compress.model.activations import Activations
 from compress.model.kv_cache import Change, attention_modules, pass_through
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
 from compress.model.stand_in import Reached, StandIn
-from compress.model.steps import Group, PathsDiffer, Step, again, in_step, linear_groups
+from compress.model.steps import Group, Passes, PathsDiffer, Step, again, in_step, linear_groups
 
 _STATES_INSIDE = 4  # hidden states that a layer's forward holds on to while a linear runs
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
-Visit = Callable[[Group, Iterator[Tensor]], None]
+Visit = Callable[[Group, Iterable[Tensor]], None]
 
 
 class Source(Protocol):
@@ -209,15 +210,15 @@ class LayerStream:
         Args:
             index: the layer.
             activations: replaced by what the layer puts out.
-            visit: called once per group of linears, in call order, with their local names and an iterator over the
-                batches' inputs [B, S, I]. It may replace the group's weights before it returns.
+            visit: called once per group of linears, in call order, with their local names and the batches' inputs
+                [B, S, I], which it may go through several times. It may replace the group's weights before it returns.
 
         Raises:
             NumericalError: NaN or inf in what the layer puts out.
         """
         for group, arrivals in self.steps(index, activations, [] if visit is None else None):
             if visit is not None:
-                visit(group, (arrival.input for arrival in arrivals))
+                visit(group, Passes(partial(map, attrgetter("input"), arrivals)))
 
     def steps(self, index: int, activations: Activations, groups: list[Group] | None = None) -> Iterator[Step]:
         """`run_layer` as a generator, which has to be exhausted; `groups` are those to stop at, all by default."""
@@ -247,8 +248,7 @@ class LayerStream:
     def _keeps_batches(self, index: int, groups: Sequence[Group], activations: Activations) -> bool:
         """Whether there is room for all batches inside a layer: a linear's input, and a few hidden states beside it."""
         widest: int = max(self.layers[index].get_parameter(f"{group[0]}.weight").shape[1] for group in groups)
-        tokens = sum(math.prod(batch.shape[:2]) for batch in activations.hidden)
-        needed = tokens * (widest + _STATES_INSIDE * activations.hidden[0].shape[2]) * self.dtype.itemsize
+        needed = activations.tokens * (widest + _STATES_INSIDE * activations.hidden[0].shape[2]) * self.dtype.itemsize
         return needed <= self.room
 
     def head_inputs(self, hidden: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Dimensions: N tokens, I inputs, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ _TOKENS = 1024  # that errors are measured on
 
 
 def static_rounding(
-    batches: Sequence[Tensor], observer: Observer, float8: bool, scale_dtype: torch.dtype
+    batches: Iterable[Tensor], observer: Observer, float8: bool, scale_dtype: torch.dtype
 ) -> InputRounding | None:
     """One scale for all tokens, rounded to the dtype in which it is stored; None where all inputs are zero.
 
@@ -31,11 +31,24 @@ def static_rounding(
     return InputRounding(float8, scale) if bool(scale > 0) else None
 
 
-def sample(batches: Sequence[Tensor], tokens: int = _TOKENS) -> Tensor:
-    """Tokens [1, N, I], evenly spread over batches [B, S, I]; N is about `tokens`."""
-    there = sum(batch[..., 0].numel() for batch in batches)
-    step = max(1, there // tokens)
-    return torch.cat([batch.flatten(0, -2)[::step] for batch in batches])[None]
+class Sample:
+    """Tokens that are evenly spread over batches, kept as the batches pass.
+
+    Args:
+        there: how many pass.
+        tokens: about how many are kept.
+    """
+
+    def __init__(self, there: int, tokens: int = _TOKENS) -> None:
+        self._step, self._kept = max(1, there // tokens), list[Tensor]()
+
+    def add(self, batch: Tensor) -> None:
+        """Take from a batch [B, S, I]."""
+        self._kept.append(batch.flatten(0, -2)[:: self._step].clone())
+
+    def total(self) -> Tensor | None:
+        """What was taken, [1, N, I]; None without batches."""
+        return torch.cat(self._kept)[None] if self._kept else None
 
 
 def output_error(

@@ -8,7 +8,7 @@ Left out: per-channel ranges (kernels have one scale per tensor) and entropy (KL
 images and is worse than the squared error on the long tails of language models.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -26,12 +26,12 @@ _SHARES = 40  # ranges tried, from the whole one to a fifth of it
 
 
 def reach(
-    batches: Sequence[Tensor], observer: Observer, rounded: Callable[[Tensor, Tensor], Tensor] | None = None
+    batches: Iterable[Tensor], observer: Observer, rounded: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
     """The magnitude that a symmetric range should reach.
 
     Args:
-        batches: activations, of any shape and float dtype.
+        batches: activations, of any shape and float dtype; gone through twice for `percentile` and `mse`.
         observer: how it is found.
         rounded: for `mse`, values [n] rounded on the grid whose range reaches [k, 1]: [k, n].
 

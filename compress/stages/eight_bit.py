@@ -4,8 +4,9 @@ The layer loop goes on with rounded inputs, so that every later matrix is calibr
 computes. Linears that share an input share the decision too: runtimes fuse them.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from compress.errors import CalibrationError
 from compress.model.activations import Activations
+from compress.model.steps import Passes
 from compress.model.stream import LayerStream
 from compress.plan import Matrix
 from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import Grid, InputRounding, Quantized
-from compress.quant.inputs import output_error, sample, static_rounding
+from compress.quant.inputs import Sample, output_error, static_rounding
 from compress.recipe_eight_bit import EightBitStage
 from compress.report.schema import Module
 from compress.stages.cache_scales import CacheScales
@@ -53,8 +55,12 @@ class InputScales:
         self.errors: dict[str, dict[str, float]] = {}
         self._float8, self._in_kernels = spec.dtype == "fp8", in_kernels
         self._smoothing = Smoothing(spec, matrices, grids, stream) if spec.smooth is not None else None
-        self._cache = CacheScales(stream, next(iter(grids.values())).scale_dtype) if spec.kv_cache else None
+        self._cache: CacheScales | None = None
+        if spec.kv_cache is not None:
+            scale_dtype = next(iter(grids.values())).scale_dtype
+            self._cache = CacheScales(stream, scale_dtype, spec.kv_cache == "fp8_per_head")
         self._sample: Tensor | None = None
+        self._tokens = 0
 
     def prepare(
         self, index: int, tensors: dict[str, Tensor], activations: Activations | None, probe: Activations
@@ -70,24 +76,29 @@ class InputScales:
         Raises:
             RecipeError: a layer that can't be smoothed, or whose cache no loader could round.
         """
+        self._tokens = 0 if activations is None else activations.tokens
         if activations is not None and self._smoothing is not None:
             self._smoothing.fold(index, tensors, activations, probe)
         if activations is not None and self._cache is not None:
             self._cache.calibrate(index, activations)
 
-    def decide(self, names: Sequence[str], inputs: Iterable[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Settle how the inputs of linears that share them are rounded; returns the inputs.
+    def decide(self, names: Sequence[str], inputs: Iterable[Tensor], weights: Mapping[str, Tensor]) -> Iterable[Tensor]:
+        """Settle how the inputs of linears that share them are rounded.
 
         Args:
             names: the linears.
-            inputs: batches [B, S, I] of what they share; none where nothing is calibrated.
+            inputs: batches [B, S, I] of what they share, gone through as often as the observer needs and never held
+                together; none where nothing is calibrated.
             weights: the layer's tensors, by full name.
+
+        Returns:
+            The inputs. One pass through them, here or later, keeps the sample that `described` measures errors on.
 
         Raises:
             CalibrationError: inputs that are all zero, or too few for the observer.
         """
-        batches = list(inputs)
-        self._sample = sample(batches) if batches else None
+        self._sample = None
+        batches = Passes(partial(self._sampling, inputs))
         choices = {"dynamic": self._dynamic(names[0])}
         wanted = {name: self.matrices[name].inputs or "dynamic" for name in names}
         if set(wanted.values()) != {"dynamic"}:
@@ -97,7 +108,17 @@ class InputScales:
             best = self._choose({n: weights[f"{n}.weight"] for n in chosen}, choices)
             wanted |= dict.fromkeys(chosen, best)
         self._settle({name: choices[wanted[name]] for name in names})
+        if self._sample is None and self.spec.weight_rounding == "rtn":
+            for _ in batches:  # nothing else goes through them
+                pass
         return batches
+
+    def _sampling(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        taken = Sample(self._tokens)
+        for batch in inputs:
+            taken.add(batch)
+            yield batch
+        self._sample = taken.total()
 
     def _settle(self, decided: Mapping[str, InputRounding]) -> None:
         self.rounding |= decided
@@ -109,7 +130,7 @@ class InputScales:
         blocks = grid.rows > 1
         return InputRounding(self._float8, group_size=grid.group_size if blocks else -1, asymmetric=grid.bits == 4)
 
-    def _static(self, names: Sequence[str], batches: Sequence[Tensor]) -> InputRounding:
+    def _static(self, names: Sequence[str], batches: Iterable[Tensor]) -> InputRounding:
         where = ", ".join(names)
         try:
             found = static_rounding(batches, self.spec.observer, self._float8, self.grids[names[0]].scale_dtype)
@@ -153,7 +174,7 @@ class InputScales:
         return module.model_copy(update=more | {"errors": self.errors.get(name, {})})
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Static scales [1] of these linears and of their layer's cache, by full name, as they are stored."""
+        """Static scales of these linears, [1] each, and of their layer's cache, by full name, as they are stored."""
         scales = {} if self._cache is None else self._cache.tensors(next(iter(names)))
         for name in names:
             scale = self.rounding[name].scale
@@ -176,6 +197,8 @@ class InputScales:
             self._cache.restore(tensors)
 
     @property
-    def caches(self) -> bool:
-        """Whether the checkpoint has scales for a cache."""
-        return self._cache is not None
+    def cache_strategy(self) -> str | None:
+        """What shares a scale in the cache, as compressed-tensors calls it: tensor or attn_head; None without one."""
+        if self._cache is None:
+            return None
+        return "attn_head" if self._cache.per_head else "tensor"

@@ -18,7 +18,7 @@ class Beside(NamedTuple):
     residual: tuple[Tensor, Tensor] | None
 
 
-Pairs = Iterator[tuple[Tensor, Beside | None]]
+Pair = tuple[Tensor, Beside | None]
 
 
 class Original:
@@ -41,7 +41,7 @@ class Original:
 
     def beside(
         self, stream: LayerStream, index: int, activations: Activations, tensors: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Group, Pairs, set[str]]]:
+    ) -> Iterator[tuple[Group, Iterator[Pair], set[str]]]:
         """Go through a layer in step with the quantized model.
 
         Yields:

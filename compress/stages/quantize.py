@@ -7,9 +7,10 @@ layers with the weights that were written, which gives the activations that an u
 import json
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from compress.model.activations import Activations
 from compress.model.arch import ATTENDED
 from compress.model.attention import received_attention
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
-from compress.model.steps import Group
+from compress.model.steps import Group, Passes
 from compress.model.stream import LayerStream
 from compress.plan import Matrix, find_modules, plan_matrices
 from compress.quant.drift import Drift
@@ -37,7 +38,7 @@ from compress.recipe_eight_bit import EightBitStage
 from compress.report import schema
 from compress.stages.context import Context
 from compress.stages.eight_bit import InputScales
-from compress.stages.original import Original, Pairs
+from compress.stages.original import Original, Pair
 from compress.stages.solve import Solved, Solver
 
 CODE_VERSION = 2  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
@@ -231,12 +232,12 @@ class _Quantization:
         wanted = attended and solves
         received = received_attention(stream, index, activations) if activations is not None and wanted else None
 
-        def visit(group: Group, pairs: Pairs, writing: Collection[str] = ()) -> None:
+        def visit(group: Group, pairs: Iterable[Pair], writing: Collection[str] = ()) -> None:
             names = [prefix + name for name in group if prefix + name in self.matrices]
             if not names:
                 return
             if self.inputs is not None:
-                pairs = ((batch, None) for batch in self.inputs.decide(names, (batch for batch, _ in pairs), raw))
+                pairs = map(_alone, self.inputs.decide(names, Passes(partial(map, itemgetter(0), pairs)), raw))
             alike: dict[tuple[bool, InputRounding | None], list[str]] = {}
             for name in names:
                 change = None if self.inputs is None else self.inputs.rounding[name]
@@ -262,12 +263,12 @@ class _Quantization:
 
         if activations is None:
             for name in (name for name in self.matrices if name.startswith(prefix)):
-                visit((name.removeprefix(prefix),), iter(()))
+                visit((name.removeprefix(prefix),), ())
         elif self.original is not None:
             for group, pairs, writing in self.original.beside(stream, index, activations, raw):
                 visit(group, pairs, writing)
         else:
-            stream.run_layer(index, activations, lambda group, inputs: visit(group, ((x, None) for x in inputs)))
+            stream.run_layer(index, activations, lambda group, x: visit(group, Passes(partial(map, _alone, x))))
         missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
         if missed:
             raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
@@ -344,13 +345,18 @@ class _Quantization:
             unquantized,
             self._embeddings(),
             self.inputs.rounding if self.inputs else {},
-            self.inputs is not None and self.inputs.caches,
+            self.inputs.cache_strategy if self.inputs else None,
         )
         if self.modules.head in self.matrices:
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in self.format.extra_files(config["quantization_config"]).items():
             write_text(folder / name, content)
+
+
+def _alone(batch: Tensor) -> Pair:
+    """A batch with no original model beside it."""
+    return batch, None
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

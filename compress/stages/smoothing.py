@@ -3,7 +3,7 @@
 The look is a pass of its own through the layer, so that what is calibrated, replayed and written is the folded layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from compress.model.folds import Fold, apply_fold, find_folds, gain_offset
 from compress.model.stream import LayerStream
 from compress.plan import Matrix
 from compress.quant.grid import Grid
-from compress.quant.inputs import sample
+from compress.quant.inputs import Sample
 from compress.quant.smooth import best_alpha, smoothing_scale
 from compress.recipe_eight_bit import EightBitStage
 
@@ -55,11 +55,15 @@ class Smoothing:
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def look(group: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        def look(group: tuple[str, ...], inputs: Iterable[Tensor]) -> None:
             if group[0] in folds:
-                batches = list(inputs)
-                largest = torch.stack([batch.abs().flatten(0, -2).amax(0).float() for batch in batches]).amax(0)
-                seen[group[0]] = largest, sample(batches, _TOKENS)
+                taken, largest = Sample(activations.tokens, _TOKENS), []
+                for batch in inputs:
+                    taken.add(batch)
+                    largest.append(batch.abs().flatten(0, -2).amax(0).float())
+                sample = taken.total()
+                assert sample is not None, "smoothing calibrates"
+                seen[group[0]] = torch.stack(largest).amax(0), sample
 
         self.stream.run_layer(index, activations.copy(), look)
         found = {name: self._scale(folds[name], local, *seen[name], prefix) for name in folds}

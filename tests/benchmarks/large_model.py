@@ -14,24 +14,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 TINY = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3072, 8192, 24, 8, 128256
 
 
-def write_model(folder: Path, layers: int) -> None:
+class Shape(NamedTuple):
+    """Sizes of a Llama."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
+def write_model(folder: Path, shape: Shape) -> None:
     """Random weights with the spread of a trained model's, one shard a layer, and the tiny model's tokenizer."""
     folder.mkdir(parents=True)
+    hidden, wide, head_dim = shape.hidden, shape.intermediate, shape.hidden // shape.heads
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, folder)
     config = json.loads((TINY / "config.json").read_text())
     config |= {
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
-        "head_dim": HIDDEN // HEADS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
+        "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": shape.layers, "head_dim": head_dim,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
@@ -39,20 +52,23 @@ def write_model(folder: Path, layers: int) -> None:
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * 0.02).to(torch.bfloat16)
 
-    kv = HIDDEN // HEADS * KV_HEADS
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    kv = head_dim * shape.kv_heads
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
     placed: dict[str, str] = {}
 
     def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / name)
         placed.update(dict.fromkeys(tensors, name))
 
-    shard("outer.safetensors", {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "model.norm.weight": ones})
-    for index in range(layers):
+    outer = {"model.embed_tokens.weight": random(shape.vocabulary, hidden), "model.norm.weight": ones}
+    if not shape.tied:
+        outer["lm_head.weight"] = random(shape.vocabulary, hidden)
+    shard("outer.safetensors", outer)
+    for index in range(shape.layers):
         rows = {
-            "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN), "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
         }  # fmt: skip
         tensors = {f"model.layers.{index}.{name}.weight": random(*shape) for name, shape in rows.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -72,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.folder / f"random-3b-{options.layers}"
     if not model.exists():
-        write_model(model, options.layers)
+        write_model(model, Shape(options.layers, 3072, 8192, 24, 8, 128256, tied=True))
     limit = int(options.limit_gib * 2**30)
     command = [
         str(Path(sys.executable).with_name("dscompress")), "run", "8b_int4_gptq", "--model", str(model),
