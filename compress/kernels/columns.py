@@ -68,8 +68,7 @@ def _columns(
     lost = tl.load(loss + row, mask=inside, other=0.0)
     of_half = tl.arange(0, HALF)
     for start in range(0, WIDTH, RUN):
-        for half in range(0, RUN, HALF):
-            first = start + half
+        for first in range(start, start + RUN, HALF):
             exists = (first + of_half < WIDTH) | EVEN
             tile = row[None, :] + (first + of_half)[:, None] * rows
             mask = inside[None, :] & exists[:, None]
@@ -81,7 +80,7 @@ def _columns(
                     factor = tl.load(feedback + (before + k) * WIDTH + first + of_half, mask=exists, other=0.0)
                     total = tl.fma(factor[:, None], error[None, :], total)
                 target += total
-            for k in range(start, start + half):  # the half before, of the same run
+            for k in range(start, first):  # the half before, of the same run
                 error = tl.load(work + row + k * rows, mask=inside, other=0.0)
                 factor = tl.load(feedback + k * WIDTH + first + of_half, mask=exists, other=0.0)
                 target = tl.fma(factor[:, None], error[None, :], target)

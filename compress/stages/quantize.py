@@ -162,7 +162,7 @@ class _Quantization:
                         if writing is not None:
                             writing.result()
                         if distributed.rank() == 0:
-                            writing = writer.submit(write_part, part, tensors, {"layer": record.model_dump_json()})
+                            writing = writer.submit(_write, part, tensors, record, _mark(self.context.device))
                         records.append(record)
                     stream.run_layer(index, probe)
                     stream.empty_layer(index)
@@ -352,6 +352,21 @@ class _Quantization:
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in self.format.extra_files(config["quantization_config"]).items():
             write_text(folder / name, content)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """The moment until which a GPU has been given work; None on a CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _write(part: Path, tensors: dict[str, Tensor], record: schema.Layer, finished: torch.cuda.Event | None) -> None:
+    """Write a layer's tensors, made at the moment `finished`; a GPU copies them beside what it computes by then."""
+    if finished is not None:
+        device = next(iter(tensors.values())).device
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            torch.cuda.current_stream(device).wait_event(finished)
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_part(part, tensors, {"layer": record.model_dump_json()})
 
 
 def _alone(batch: Tensor) -> Pair:

@@ -3,11 +3,12 @@
     python tests/benchmarks/layers.py [--shape llama-8b] [--layers 6] [--samples 128] [--drift 0 0.5]
         [--llm-compressor ENV/bin/python] [--gptqmodel ENV/bin/python]
 
-Seconds per layer are the difference between a run with all layers and one with two, so start-up is not counted; a last
-run brings the device to a stop after each phase, for the shares. The ceilings of the same device are measured beside
-it: a bf16 product and X^T X with float32 sums; and the floor that follows from them with two forward passes a layer,
-whole Hessians and 0.09 s of everything else. Peers (peers.py) run in the same call on the same weights, with four
-layers and two, each by the Python of an environment of its own (several words will do: env A=B python).
+Seconds per layer are from the end of the first layer to the end of the last, so start-up and the finish are not counted
+and writing is; a last run brings the device to a stop after each phase, for the shares. The ceilings of the device are
+measured beside it: a bf16 product and X^T X with float32 sums; and the floor that follows from them with two forward
+passes a layer, whole Hessians and 0.09 s of everything else. Peers (peers.py) run in the same call on the same weights,
+with four layers and two (the difference), each by the Python of an environment of its own (several words will do:
+env A=B python).
 """
 
 import argparse
@@ -16,7 +17,8 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,24 @@ def write_model(folder: Path, layers: int, shapes: dict[str, int], device: torch
         shutil.copy(file, folder)
 
 
+class Clock(Reporter):
+    """Notes when each layer was done."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.ticks: list[float] = []
+
+    @contextmanager
+    def task(self, *_: Any, **__: Any) -> Iterator[Callable[[], None]]:
+        """A task whose units are all noted."""
+        yield lambda: self.ticks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Per layer, without the first."""
+        return (self.ticks[-1] - self.ticks[0]) / (len(self.ticks) - 1)
+
+
 class Phases:
     """Wraps functions so that the time until the device is done is added up under a name."""
 
@@ -91,13 +111,14 @@ class Phases:
 
 def quantize(
     model: Path, tokens: torch.Tensor, device: torch.device, spec: QuantizeStage, max_memory: int | None
-) -> Any:
-    """The stage's record of a run in a scratch folder."""
+) -> tuple[Any, Clock]:
+    """The stage's record of a run in a scratch folder, and when its layers were done."""
+    clock = Clock()
     dtype = torch.bfloat16
     calibration = TokenSet(tokens, "random", "random", None)
-    context = Context(device, dtype, calibration, tokens[:1, :64], Reporter(quiet=True), False, max_memory)
+    context = Context(device, dtype, calibration, tokens[:1, :64], clock, False, max_memory)
     with tempfile.TemporaryDirectory() as scratch:
-        return stage.quantize(spec, Checkpoint(model), Path(scratch) / "stage", context)
+        return stage.quantize(spec, Checkpoint(model), Path(scratch) / "stage", context), clock
 
 
 def ceilings(device: torch.device, size: int) -> dict[str, float]:
@@ -153,7 +174,7 @@ def show_phases(device: torch.device, jobs: dict[str, float], run: Callable[[], 
 
         phases.wrap(kernel, "quantize_columns", "column loop")
     started = time.perf_counter()
-    layers, total = len(run().layers), time.perf_counter() - started
+    layers, total = len(run()[0].layers), time.perf_counter() - started
     print(f"phases, stopped after each, {total:.2f} s in all:")
     for name, taken in sorted(phases.seconds.items(), key=lambda row: -row[1]):
         rate = f"{jobs[name] * layers / taken / 1e12:8.0f} TFLOP/s" if name in jobs else ""
@@ -193,8 +214,7 @@ def main() -> None:
     tokens = torch.randint(8192, size, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        few, model = folder / "few", folder / "model"
-        write_model(few, 2, shapes, device)
+        model = folder / "model"
         write_model(model, options.layers, shapes, device)
         print(f"device {device}, {size[0]} x {size[1]} tokens, W4 g{group}, layers of {options.shape}")
         jobs = work(shapes, *size)
@@ -207,16 +227,16 @@ def main() -> None:
         best = float("inf")
         for share in options.drift:
             spec = QuantizeStage(kind="quantize", drift_correction=share, group_size=group)  # type: ignore[arg-type]
-            quantize(few, tokens, device, spec, limit)  # compiles the kernels
-            start, record = (quantize(each, tokens, device, spec, limit) for each in (few, model))
-            each = (record.seconds - start.seconds) / (options.layers - 2)
+            record, clock = quantize(model, tokens, device, spec, limit)
+            each = clock.seconds
             best = min(best, each)
             layers = "  ".join(f"{layer.seconds:.3f}" for layer in record.layers)
             peak = (record.peak_gpu_memory_bytes or record.peak_memory_bytes) / 1e9
             print(f"drift_correction {share}: {each:.3f} s / layer, peak {peak:.2f} GB; layers by themselves {layers}")
         if not options.no_phases:
             show_phases(device, jobs, lambda: quantize(model, tokens, device, spec, limit))
-        write_model(folder / "four", 4, shapes, device)
+        for name, layers in (("few", 2), ("four", 4)):
+            write_model(folder / name, layers, shapes, device)
         for system, python in (("llm-compressor", options.llm_compressor), ("GPTQModel", options.gptqmodel)):
             if python:
                 each = show_peer(system, python, folder, [*size, 4, group])
