@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compress.artefact import RunLock, fingerprint, make_writable, read_record, writing
 from compress.errors import ModelError, OutputError
+from compress.model.arch import depth_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
@@ -92,8 +93,8 @@ def inspect(folder: Path) -> list[str]:
     config, view = checkpoint.config, DenseView(checkpoint)
     lines = [
         f"{folder}",
-        f"model      {config.get('model_type')}, {config.get('num_hidden_layers')} layers, "
-        f"hidden {config.get('hidden_size')}, vocabulary {config.get('vocab_size')}",
+        f"model      {config.get('model_type')}, {depth_of(config)} layers, "
+        f"hidden {width_of(config)}, vocabulary {config.get('vocab_size')}",
         f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, "
         f"{len(checkpoint.tensors)} tensors",
     ]
