@@ -25,6 +25,8 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
     except (ValueError, KeyError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
+    for module in model.modules():  # buffers again, not in `dtype`: as from_pretrained makes them
+        model._init_weights(module)
     model.tie_weights()
     return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
 
