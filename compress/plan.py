@@ -1,6 +1,7 @@
 """What a recipe will do to a model: which matrices it quantizes and how, what can't work, how much memory it takes.
 
-All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
+All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once; but for models
+with code of their own, since only transformers can say whether it knows them without it.
 """
 
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from compress.errors import ModelError, RecipeError
-from compress.model.arch import FAMILIES, check_supported, depth_of, positions_of, width_of
+from compress.model.arch import FAMILIES, check_code, check_supported, depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint, TensorInfo
 from compress.recipe import CalibrationSpec, GroupSize, QuantizeStage, Recipe
 from compress.recipe_eight_bit import EightBitStage
@@ -36,6 +37,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     """
     checkpoint = Checkpoint(folder)
     check_supported(checkpoint.config, recipe.model)
+    check_code(checkpoint.config, recipe.model, recipe.trust_remote_code)
     _check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")

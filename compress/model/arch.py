@@ -100,6 +100,29 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+OWN_CODE = (
+    "comes with code of its own, which runs only with trust_remote_code: true in the recipe "
+    "(eval and verify: --trust-remote-code); read that code first: it runs as you, with all your files"
+)
+
+
+def check_code(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
+    """Refuse a model that transformers knows by the model's own code alone, unless that may run.
+
+    Imports transformers, and so torch, only for a model that brings code and has no row here.
+
+    Raises:
+        ModelError: naming the remedy.
+    """
+    kind = config.get("model_type")
+    if trust_remote_code or not config.get("auto_map") or kind in FAMILIES:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{where}: model_type {kind!r} {OWN_CODE}")
+
+
 def find_arch(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
     """The family's row, or one made from the module tree.
 
