@@ -124,6 +124,7 @@ def test_family(family: str, tie: bool, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "cpmant": ({"dim_head": 16, "dim_ff": 96}, "for tokens of shape [1, 24]"),
     "falcon": (CONFIGS["falcon"], "its FalconLinear modules read their weights themselves"),
     "gpt2": (
         OTHER_NAMES | {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 96}, "its layers have Conv1D modules"
@@ -137,6 +138,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "reads the weights of its linear layers itself",
     ),
     "rwkv": ({"attention_hidden_size": 64}, "reads the weights of its linear layers itself"),
+    "xlstm": ({"num_heads": 4}, "it can't be run layer by layer ("),
 }  # fmt: skip
 
 

@@ -137,6 +137,11 @@ class LayerStream:
                 if any(s is None for s in seen):
                     raise ModelError(f"{type(self.model).__name__}: its forward pass skips decoder layers")
                 hidden.append(seen[0][0])  # type: ignore[index]
+                if hidden[-1].shape[:2] != part.shape:
+                    raise ModelError(
+                        f"model_type {self.model.config.model_type!r} is not supported: its layers get a hidden state "
+                        f"of shape {list(hidden[-1].shape)} for tokens of shape {list(part.shape)}"
+                    )
                 arguments.setdefault((part.shape[0], part.shape[1]), [s[1] for s in seen if s is not None])
         activations = Activations(hidden, arguments, self.device)
         if 2 * sum(each.nbytes for each in hidden) > self.room and self.device.type == "cuda":
