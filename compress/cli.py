@@ -155,12 +155,17 @@ def validate(
     debug: DebugOption = False,
 ) -> None:
     """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
+    from compress.cautions import cautions
+
     loaded = _load(recipe, overrides, model, output)
     folder = Path(loaded.model)
     if folder.is_dir():
         from compress.plan import open_model
 
         open_model(folder, loaded)
+    reporter = _reporter(False, False)
+    for line in cautions(loaded):
+        reporter.warn(line)
     print(f"{recipe}: valid")
 
 

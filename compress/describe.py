@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from compress.artefact import check_output
+from compress.cautions import cautions
 from compress.model.source import resolve_model
 from compress.plan import calibration_of, estimate, open_model, parameter_count, plan_matrices
 from compress.progress import Reporter
@@ -19,6 +20,8 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     output = Path(recipe.output)
     check_output(output)
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
+    for line in cautions(recipe):
+        reporter.warn(line)
     text = calibration_of(recipe)
     lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {_size(base.bytes)}"]
     for number, stage in enumerate(recipe.stages):

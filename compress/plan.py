@@ -1,19 +1,20 @@
 """What a recipe will do to a model: which matrices it quantizes and how, what can't work, how much memory it takes.
 
-All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
+All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once; but for models
+with code of their own, since only transformers can say whether it knows them without it.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
 from compress.errors import ModelError, RecipeError
-from compress.model.arch import FAMILIES, check_supported
+from compress.model.arch import FAMILIES, check_code, check_supported, depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint, TensorInfo
 from compress.recipe import CalibrationSpec, GroupSize, QuantizeStage, Recipe
 from compress.recipe_eight_bit import EightBitStage
@@ -23,6 +24,7 @@ from compress.recipe_yaml import load_calibration_spec
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 _HEADER_BYTES = 120  # that a tensor takes in a file's header, about
 _FLOATS = ("BF16", "F16", "F32")
+_HEADS = ("lm_head", "embed_out")  # names by which an output head may be called, whatever the checkpoint calls it
 _BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
@@ -35,6 +37,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     """
     checkpoint = Checkpoint(folder)
     check_supported(checkpoint.config, recipe.model)
+    check_code(checkpoint.config, recipe.model, recipe.trust_remote_code)
     _check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")
@@ -48,7 +51,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
 def _check_depth(checkpoint: Checkpoint) -> None:
     prefix = find_modules(checkpoint).layers + "."
     layers = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.names(prefix)}
-    depth = checkpoint.config.get("num_hidden_layers")
+    depth = depth_of(checkpoint.config)
     if depth != len(layers):
         raise ModelError(
             f"{checkpoint.folder}: config.json says {depth} layers, the weights have {len(layers)}; "
@@ -68,8 +71,8 @@ def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> No
     Raises:
         ModelError: naming the field.
     """
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and sequence_length > limit:
+    limit = positions_of(checkpoint.config)
+    if limit is not None and sequence_length > limit:
         raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
 
 
@@ -164,7 +167,7 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
         raise ModelError(f"{checkpoint.folder}: {odd} is stored as {dtype}; give bf16, fp16 or fp32 weights")
     outside = {n.removesuffix(".weight"): i for n, i in checkpoint.tensors.items() if not n.startswith(layers + ".")}
     wide = [n for n, i in outside.items() if len(i.shape) == 2 and i.shape[0] == checkpoint.config.get("vocab_size")]
-    embeddings = family.embeddings if family else next((n for n in wide if "embed" in n), "")
+    embeddings = family.embeddings if family else next((n for n in wide if "embed" in n or n.endswith("wte")), "")
     head = family.head if family else next((n for n in wide if n != embeddings), "lm_head")
     return Modules(layers, embeddings, head, linears)
 
@@ -188,8 +191,16 @@ def plan_matrices(spec: QuantizeStage | EightBitStage, checkpoint: Checkpoint, w
         shapes[modules.head] = _two(head)
     if isinstance(spec, QuantizeStage) and spec.embeddings and vocabulary is not None:
         shapes[modules.embeddings] = _two(vocabulary)
-    problems = _globs_without_match([*spec.ignore, *spec.overrides], shapes, where)
-    kept = [name for name in shapes if not any(fnmatchcase(name, glob) for glob in spec.ignore)]
+    known = {name: (name,) for name in shapes} | {
+        modules.head: (modules.head, *_HEADS),
+        modules.embeddings: (modules.embeddings,),
+    }
+    ignorable = {name for names in known.values() for name in names}  # also what is left alone anyway
+    problems = _globs_without_match(spec.ignore, ignorable, shapes, where)
+    problems += _globs_without_match(spec.overrides, shapes, shapes, where)
+    kept = [
+        name for name in shapes if not any(fnmatchcase(alias, glob) for alias in known[name] for glob in spec.ignore)
+    ]
     matrices = [_matrix(name, shapes[name], spec) for name in kept]
     problems += _indivisible(matrices, where)
     if not kept and not problems:
@@ -219,12 +230,15 @@ def _matrix(name: str, shape: tuple[int, int], spec: QuantizeStage | EightBitSta
     return Matrix(name, shape, **settings)
 
 
-def _globs_without_match(globs: Iterable[str], names: Mapping[str, Any], where: str) -> list[str]:
-    leaves = sorted({name.rpartition(".")[2] for name in names})
+def _globs_without_match(
+    globs: Iterable[str], names: Collection[str], linears: Collection[str], where: str
+) -> list[str]:
+    """A line for each glob that matches none of the names, with the linears that there are."""
+    leaves = sorted({name.rpartition(".")[2] for name in linears})
     problems = []
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            hint = did_you_mean(glob.rpartition(".")[2], leaves)
+            hint = did_you_mean(glob.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in names}))
             problems.append(f"{where}: {glob!r} matches no linear layer{hint}; there are {', '.join(leaves)}")
     return problems
 
@@ -290,7 +304,7 @@ def estimate(
         match = _LAYER.fullmatch(name)
         layer[match[2] if match and match[1] == modules.layers else "outside"] += info.bytes
     outside = layer.pop("outside", 0)
-    hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
+    hidden = width_of(checkpoint.config) or 0
     widest = max(matrix.shape[1] for matrix in matrices)
     in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
     activations = 2 * sequences * sequence_length * (hidden + in_layers)

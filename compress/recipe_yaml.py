@@ -75,6 +75,18 @@ def load_calibration_spec(reference: str, *, base: Path) -> CalibrationSpec:
     return spec if spec.name else spec.model_copy(update={"name": path.stem})
 
 
+def load_evaluation_spec(text: str) -> CalibrationSpec:
+    """What `evaluate.text` means: a bundled spec, a spec's path, or a text file's; relative paths start here.
+
+    Raises:
+        RecipeError: there is no such spec, or it has mistakes, a line each.
+    """
+    path = Path(text).expanduser()
+    if path.suffix not in YAML_SUFFIXES and (is_local_source(text) or path.is_file()):
+        return CalibrationSpec(source=text)
+    return load_calibration_spec(text, base=Path())
+
+
 def list_recipes() -> list[tuple[str, str]]:
     """Name and one-line summary (its first comment) of every bundled recipe."""
     return [(name, recipe_text(name).partition("\n")[0].lstrip("# ")) for name in _bundled("recipes")]

@@ -32,6 +32,7 @@ from compress.artefact import (
     write_text,
     writing,
 )
+from compress.cautions import cautions
 from compress.errors import DscompressError, OutputError, UserError
 from compress.evaluate.stock import started_ahead
 from compress.machine import machine
@@ -122,6 +123,8 @@ class _Run:
         recipe = self.recipe
         self._check_divisible()
         base = open_model(self._model(), recipe)
+        for line in cautions(recipe):
+            self.reporter.warn(line)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)
         windows = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compress.artefact import RunLock, fingerprint, make_writable, read_record, writing
 from compress.errors import ModelError, OutputError
+from compress.model.arch import check_code, depth_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
@@ -40,6 +41,8 @@ def evaluate(
 
     original = Checkpoint(resolve_model(base, None, work, reporter.say))
     result = Checkpoint(candidate)
+    check_code(original.config, base, trust_remote_code)
+    check_code(result.config, str(candidate), trust_remote_code)
     sizes = [c.config.get("vocab_size") for c in (original, result)]
     if sizes[0] != sizes[1]:
         raise ModelError(
@@ -73,7 +76,7 @@ def verify(checkpoint: Path, device: str, trust_remote_code: bool) -> "list[Chec
     from compress.stages.context import pick_device, pick_dtype
     from compress.stages.verify import verify_checkpoint
 
-    Checkpoint(checkpoint)
+    check_code(Checkpoint(checkpoint).config, str(checkpoint), trust_remote_code)
     place = pick_device(device)
     record = read_record(checkpoint)
     dtype = getattr(torch, record.probe.dtype) if record else pick_dtype(place, torch.bfloat16)
@@ -92,8 +95,8 @@ def inspect(folder: Path) -> list[str]:
     config, view = checkpoint.config, DenseView(checkpoint)
     lines = [
         f"{folder}",
-        f"model      {config.get('model_type')}, {config.get('num_hidden_layers')} layers, "
-        f"hidden {config.get('hidden_size')}, vocabulary {config.get('vocab_size')}",
+        f"model      {config.get('model_type')}, {depth_of(config)} layers, "
+        f"hidden {width_of(config)}, vocabulary {config.get('vocab_size')}",
         f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, "
         f"{len(checkpoint.tensors)} tensors",
     ]

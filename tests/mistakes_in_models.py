@@ -1,5 +1,6 @@
 """Models that can't be compressed, how each is made, and the one line that it gets."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +22,21 @@ def ggufs(content: bytes) -> Callable[[Desk], list[str]]:
 
 def outside(name: str) -> Callable[[Desk], list[str]]:
     return lambda desk: desk.index("model-00002-of-00002.safetensors", name)
+
+
+ITS_CODE = (
+    "comes with code of its own, which runs only with trust_remote_code: true in the recipe "
+    "(eval and verify: --trust-remote-code); read that code first: it runs as you, with all your files"
+)
+
+
+def own_code(desk: Desk) -> list[str]:
+    return desk.config(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"})
+
+
+def tokenizer_code(desk: Desk) -> list[str]:
+    content = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["t.Mine", None]}}
+    return desk.write("model/tokenizer_config.json", json.dumps(content))
 
 
 CASES = [
@@ -249,7 +265,27 @@ CASES = [
     ),
     Case(
         "model code without trust_remote_code",
-        lambda desk: desk.config(model_type="mine", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
-        "FOLDER/model: transformers cannot build this model: …",
+        own_code,
+        f"FOLDER/model: model_type 'mine' {ITS_CODE}",
+    ),
+    Case(
+        "the same, by validate",
+        lambda desk: ["validate", own_code(desk)[1]],
+        f"FOLDER/model: model_type 'mine' {ITS_CODE}",
+    ),
+    Case(
+        "the same, by eval",
+        lambda desk: ["eval", "model", own_code(desk) and "model", "--device", "cpu"],
+        f"model: model_type 'mine' {ITS_CODE}",
+    ),
+    Case(
+        "the same, by verify",
+        lambda desk: ["verify", own_code(desk) and "model", "--device", "cpu"],
+        f"model: model_type 'mine' {ITS_CODE}",
+    ),
+    Case(
+        "tokenizer code without trust_remote_code",
+        tokenizer_code,
+        f"FOLDER/model: its tokenizer {ITS_CODE}",
     ),
 ]

@@ -97,6 +97,24 @@ def test_other_folders_beside_the_output_are_left_alone(desk: Desk) -> None:
     assert [desk.file(f"{name}/keep.txt").read_text() for name in ("out.old", "out.part", "out.tmp")] == ["mine"] * 3
 
 
+def test_a_model_with_code_of_its_own_runs_where_that_is_allowed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(desk.file("modules")))
+    desk.write(
+        "model/own.py",
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class C(LlamaConfig):\n    model_type = 'mine'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n",
+    )
+    desk.config(model_type="mine", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
+    allowed = ["--set", "trust_remote_code=true"]
+    assert invoke("validate", "recipe.yaml", *allowed).exit_code == 0
+    result = invoke(*QUICK, *allowed)
+    assert result.exit_code == 0, result.stderr
+    assert desk.file("out/own.py").is_file()
+    verified = invoke("verify", "out", "--device", "cpu", "--trust-remote-code")
+    assert verified.exit_code == 0 and verified.stdout.endswith("PASS\n")
+
+
 @pytest.mark.skipif(not MOUNTS, reason=ROOM)
 def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
     disk = desk.mount("little", "size=400k")

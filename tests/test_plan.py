@@ -28,6 +28,7 @@ from compress.plan import (
 )
 from compress.progress import Reporter
 from compress.recipe import Override, QuantizeStage, Recipe
+from compress.recipe_eight_bit import EightBitStage
 from compress.stages.context import Context
 from compress.stages.quantize import quantize
 
@@ -97,6 +98,24 @@ def test_ignore_takes_globs(small: Checkpoint) -> None:
     assert set(planned(small, ignore=["*.layers.0.*"])) == {n for n in LINEARS if ".1." in n}
     assert set(planned(small, ignore=["*.mlp.*", "*.[qk]_proj"])) == {n for n in LINEARS if n[-6:-5] in "vo"}
     assert set(planned(small, ignore=["lm_head"], lm_head=True)) == LINEARS
+
+
+@pytest.mark.parametrize("glob", ["lm_head", "embed_out", "model.embed_tokens", "*head"])
+def test_head_and_embeddings_may_be_ignored_where_they_are_left_alone_anyway(small: Checkpoint, glob: str) -> None:
+    assert set(planned(small, ignore=[glob])) == LINEARS
+    eight = EightBitStage(kind="quantize", method="dynamic", ignore=[glob])
+    assert {matrix.name for matrix in plan_matrices(eight, small, "stages.0")} == LINEARS
+    assert problems(small, ignore=["lm_hed"])[0].startswith(
+        "stages.0: 'lm_hed' matches no linear layer; did you mean lm_head?"
+    )
+    assert "matches no linear layer" in problems(small, overrides={glob: Override(bits=8)})[0]
+
+
+def test_the_head_is_ignored_by_any_of_its_names(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model", "gpt_neox", tie_word_embeddings=False))
+    assert "embed_out" in planned(checkpoint, lm_head=True)
+    for name in ("lm_head", "embed_out"):
+        assert not {"embed_out", "lm_head"} & set(planned(checkpoint, lm_head=True, ignore=[name]))
 
 
 def test_of_several_overrides_each_changes_what_it_names_and_the_last_wins(small: Checkpoint) -> None:

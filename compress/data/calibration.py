@@ -17,8 +17,8 @@ from compress.data.documents import FIELDS, Document, Record, Renderer, select, 
 from compress.data.packing import collect_tokens, cut_sequences
 from compress.data.sources import is_plain_text, read_rows
 from compress.errors import CalibrationError
-from compress.recipe import CalibrationSpec, is_local_source
-from compress.recipe_yaml import load_calibration_spec
+from compress.recipe import CalibrationSpec
+from compress.recipe_yaml import load_evaluation_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ def load_windows(
         CalibrationError: the text can't be read, or is shorter than one window.
         RecipeError: there is no such spec, or it has mistakes.
     """
-    spec = _evaluation_spec(text)
+    spec = load_evaluation_spec(text)
     renderer = Renderer(tokenizer)
     limit = None if windows is None else windows * sequence_length * CHARACTERS_PER_TOKEN
     documents = _take(renderer.render(_records(spec, shuffle_shards=False)), limit)
@@ -107,13 +107,6 @@ def load_windows(
         encoded = tokenizer(joined, add_special_tokens=documents[0].add_special_tokens, verbose=False)
         tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     return _token_set(spec, tokens, sequence_length, windows, renderer.warnings)
-
-
-def _evaluation_spec(text: str) -> CalibrationSpec:
-    path = Path(text).expanduser()
-    if path.suffix not in (".yaml", ".yml") and (is_local_source(text) or path.is_file()):
-        return CalibrationSpec(source=text)
-    return load_calibration_spec(text, base=Path())
 
 
 def _records(spec: CalibrationSpec, *, shuffle_shards: bool) -> Iterator[Record]:

@@ -22,7 +22,7 @@ from compress.errors import ModelError, NumericalError
 from compress.finite import all_finite
 
 CHUNK_BYTES = 256 * 2**20
-"""Working memory of `token_divergence`, beside the logits that it is given."""
+"""Working memory of a comparison, beside the logits of as many rows of both models."""
 
 RESAMPLES = 2000
 SEED = 0
@@ -48,8 +48,13 @@ class TokenDivergence:
     agree: Tensor
 
 
+def rows_at_once(vocabulary: int, chunk_bytes: int | None = None) -> int:
+    """Rows of [rows, V] that a comparison takes at once (one at least), in `chunk_bytes` (CHUNK_BYTES by default)."""
+    return max(1, (chunk_bytes or CHUNK_BYTES) // (_FLOAT32_COPIES * 4 * vocabulary))
+
+
 def token_divergence(
-    base_logits: Tensor, candidate_logits: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES
+    base_logits: Tensor, candidate_logits: Tensor, targets: Tensor, chunk_bytes: int | None = None, first: int = 0
 ) -> TokenDivergence:
     """Compares two models at every token, a few rows at a time.
 
@@ -57,7 +62,8 @@ def token_divergence(
         base_logits: [N, V], any float dtype; row n predicts `targets[n]`. Left as it is.
         candidate_logits: [N, V], on the same device.
         targets: int64 [N], the tokens that came next.
-        chunk_bytes: working memory, which bounds the rows taken at once (one at least).
+        chunk_bytes: as in `rows_at_once`.
+        first: place of the first row in its window, for errors.
 
     Returns:
         Tensors [N] on the device of the logits.
@@ -73,10 +79,10 @@ def token_divergence(
             "only models with the same vocabulary can be compared"
         )
     assert candidate_logits.shape[0] == tokens and targets.shape == (tokens,)
-    rows = max(1, chunk_bytes // (_FLOAT32_COPIES * 4 * vocabulary))
+    rows = rows_at_once(vocabulary, chunk_bytes)
     with torch.no_grad():
         chunks = [
-            _divergence(base_logits[n : n + rows], candidate_logits[n : n + rows], targets[n : n + rows], n)
+            _divergence(base_logits[n : n + rows], candidate_logits[n : n + rows], targets[n : n + rows], first + n)
             for n in range(0, max(tokens, 1), rows)
         ]
     return TokenDivergence(*(torch.cat(column) for column in zip(*chunks, strict=True)))

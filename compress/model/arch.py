@@ -49,7 +49,31 @@ FAMILIES: dict[str, Arch] = {
 # Projections whose outputs are mixed by attention: an error in them counts by the attention that its token gets.
 ATTENDED = ("k_proj", "v_proj")
 
+# Under which names configs keep the same number; transformers knows the first ones for all families.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+def depth_of(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder layers, as config.json says it."""
+    return _first(config, _DEPTHS)
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden states, as config.json says it."""
+    return _first(config, _WIDTHS)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a sequence may have, as config.json says it."""
+    return _first(config, _POSITIONS)
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if isinstance(value := config.get(name), int)), None)
 
 
 def check_supported(config: Mapping[str, Any], where: str) -> None:
@@ -69,11 +93,34 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"{where}: {config.get('model_type')} is a multimodal model; give its text model alone as a folder"
         )
-    if config.get("is_encoder_decoder") or not config.get("num_hidden_layers"):
+    if config.get("is_encoder_decoder") or not depth_of(config):
         raise ModelError(
             f"{where}: model_type {config.get('model_type')!r} is no decoder-only language model "
             f"with num_hidden_layers; supported: {', '.join(FAMILIES)} and dense models of the same shape"
         )
+
+
+OWN_CODE = (
+    "comes with code of its own, which runs only with trust_remote_code: true in the recipe "
+    "(eval and verify: --trust-remote-code); read that code first: it runs as you, with all your files"
+)
+
+
+def check_code(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
+    """Refuse a model that transformers knows by the model's own code alone, unless that may run.
+
+    Imports transformers, and so torch, only for a model that brings code and has no row here.
+
+    Raises:
+        ModelError: naming the remedy.
+    """
+    kind = config.get("model_type")
+    if trust_remote_code or not config.get("auto_map") or kind in FAMILIES:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{where}: model_type {kind!r} {OWN_CODE}")
 
 
 def find_arch(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
@@ -89,7 +136,7 @@ def find_arch(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
 def _discover(model: "nn.Module", config: Mapping[str, Any]) -> Arch:
     from torch import nn
 
-    kind, depth = config.get("model_type"), config.get("num_hidden_layers")
+    kind, depth = config.get("model_type"), depth_of(config)
     names = {id(module): name for name, module in model.named_modules()}
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(layers) != 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.model.arch import Arch, find_arch
+from compress.model.stand_in import by_layers
 
 
 def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Arch]:
@@ -25,7 +26,10 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
     except (ValueError, KeyError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
-    model.tie_weights()
+    with by_layers(model):
+        for module in model.modules():  # buffers again, not in `dtype`: as from_pretrained makes them
+            model._init_weights(module)
+        model.tie_weights()
     return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
 
 

@@ -1,24 +1,44 @@
 """What takes the decoder layers' places when the layer loop wants only what lies around them."""
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from compress.errors import ModelError
 
 
 class Reached(Exception):
     """Raised by a stand-in to end a forward pass early."""
 
 
+@contextmanager
+def by_layers(model: Any) -> Iterator[None]:
+    """Turn what a model's own code raises because it is not run as a whole into one line.
+
+    Raises:
+        ModelError: naming the model type.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        kind = model.config.model_type
+        raise ModelError(f"model_type {kind!r} is not supported: it can't be run layer by layer ({reason})") from error
+
+
 class StandIn(nn.Module):
-    """Takes a decoder layer's place: records its keyword arguments and hands on `answer`, or its input.
+    """Takes a decoder layer's place: records its arguments, by name, and hands on `answer`, or its input.
 
     Args:
         layer: the layer, whose other attributes a model may ask for (`attention_type`).
-        in_tuple: whether the layer puts out a tuple.
+        in_tuple: how many things the layer puts out in a tuple, of which the first counts; 0 is no tuple.
         last: raise `Reached` here.
     """
 
-    def __init__(self, layer: nn.Module, in_tuple: bool, last: bool) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: int, last: bool) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a child of this module
         self.in_tuple, self.last = in_tuple, last
@@ -28,11 +48,14 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The layer's part in the model's forward pass."""
+        names = list(inspect.signature(self.__dict__["layer"].forward).parameters)
+        arguments = dict(zip(names, positional, strict=False)) | named
+        hidden = arguments.pop(names[0])
         if self.answer is None:
             self.seen = (hidden, arguments)
             if self.last:
                 raise Reached
         out = hidden if self.answer is None else self.answer
-        return (out,) if self.in_tuple else out
+        return (out, *[None] * (self.in_tuple - 1)) if self.in_tuple else out

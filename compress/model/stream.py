@@ -29,12 +29,13 @@ from compress.finite import all_finite
 from compress.model.activations import Activations
 from compress.model.kv_cache import Change, attention_modules, pass_through
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
-from compress.model.stand_in import Reached, StandIn
+from compress.model.stand_in import Reached, StandIn, by_layers
 from compress.model.steps import Group, Passes, PathsDiffer, Step, again, in_step, linear_groups
 
 _STATES_INSIDE = 4  # hidden states that a layer's forward holds on to while a linear runs
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
+Kind = tuple[tuple[str, torch.Size], ...]
 Visit = Callable[[Group, Iterable[Tensor]], None]
 
 
@@ -99,7 +100,7 @@ class LayerStream:
             pass_through(module, name, self.caches)
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._groups: dict[tuple[tuple[str, torch.Size], ...], list[Group]] = {}
+        self._groups: dict[Kind, list[Group]] = {}
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._inside = 0  # of how many `outer()`
 
@@ -138,6 +139,11 @@ class LayerStream:
                 if any(s is None for s in seen):
                     raise ModelError(f"{type(self.model).__name__}: its forward pass skips decoder layers")
                 hidden.append(seen[0][0])  # type: ignore[index]
+                if hidden[-1].shape[:2] != part.shape:
+                    raise ModelError(
+                        f"model_type {self.model.config.model_type!r} is not supported: its layers get a hidden state "
+                        f"of shape {list(hidden[-1].shape)} for tokens of shape {list(part.shape)}"
+                    )
                 arguments.setdefault((part.shape[0], part.shape[1]), [s[1] for s in seen if s is not None])
         activations = Activations(hidden, arguments, self.device)
         if 2 * sum(each.nbytes for each in hidden) > self.room and self.device.type == "cuda":
@@ -191,18 +197,26 @@ class LayerStream:
 
         Layers with the same linears are taken to call them alike.
         """
+        kind = self.kind(index)
+        if kind not in self._groups:
+            layer, run = self.rehearsal(index, activations)
+            with by_layers(self.model):
+                self._groups[kind] = linear_groups(layer, run)
+        return self._groups[kind]
+
+    def kind(self, index: int) -> Kind:
+        """The linears of a layer: local names and shapes."""
+        modules = self.layers[index].named_modules()
+        return tuple((name, module.weight.shape) for name, module in modules if isinstance(module, nn.Linear))
+
+    def rehearsal(self, index: int, activations: Activations) -> tuple[nn.Module, Callable[[], Any]]:
+        """A copy of a layer on the meta device, and what runs it once."""
         filled = self.layers[index]
-        kind = tuple(
-            (name, module.weight.shape) for name, module in filled.named_modules() if isinstance(module, nn.Linear)
-        )
-        if kind in self._groups:
-            return self._groups[kind]
         without = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in filled.parameters()}
         layer = copy.deepcopy(filled, without).to("meta")  # copies no weights: they are taken as copied already
         hidden = torch.empty_like(activations.hidden[0], device="meta")
         arguments = _to_device(activations.of_layer(index, hidden), "meta")
-        self._groups[kind] = linear_groups(layer, lambda: layer(hidden, **arguments))
-        return self._groups[kind]
+        return layer, lambda: layer(hidden, **arguments)
 
     def run_layer(self, index: int, activations: Activations, visit: Visit | None = None) -> None:
         """Run all batches through a filled layer, in place.
@@ -284,21 +298,27 @@ class LayerStream:
         return [StandIn(layer, self._in_tuples, index == last) for index, layer in enumerate(self.layers)]
 
     @cached_property
-    def _in_tuples(self) -> bool:
-        """Whether layers put out tuples: the first one is run on the meta device. Inside `outer()` only."""
-        stand_in = StandIn(self.layers[0], False, True)
+    def _in_tuples(self) -> int:
+        """The length of the tuples that layers put out, 0 for none: the first one is run on the meta device.
+
+        Inside `outer()` only.
+        """
+        stand_in = StandIn(self.layers[0], 0, True)
         with suppress(Reached):
             tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
             self._forward_through([stand_in] * self.depth, input_ids=tokens)
         hidden, arguments = _to_device(stand_in.seen, "meta")
-        return isinstance(copy.deepcopy(self.layers[0]).to("meta")(hidden, **arguments), tuple)
+        with by_layers(self.model):
+            out = copy.deepcopy(self.layers[0]).to("meta")(hidden, **arguments)
+        return len(out) if isinstance(out, tuple) else 0
 
     def _forward_through(self, stand_ins: Sequence[StandIn], **inputs: Any) -> Any:
         parent, _, name = self.arch.layers.rpartition(".")
         owner = self.model.get_submodule(parent)
         setattr(owner, name, nn.ModuleList(stand_ins))
         try:
-            return self.model(**inputs, use_cache=False)
+            with by_layers(self.model):
+                return self.model(**inputs, use_cache=False)
         finally:
             setattr(owner, name, self.layers)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import ModelError
+from compress.model.arch import OWN_CODE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenize
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # what the tokenizers library raises for a damaged file is Exception itself
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{folder}: its tokenizer {OWN_CODE}") from error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({reason}); download its files again") from error
     return tokenizer

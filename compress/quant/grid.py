@@ -92,11 +92,6 @@ class Quantized:
         return dequantize(codes, self.scale[..., None], self.zero[..., None]).view(rows, columns).to(dtype)
 
 
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, largest_code: int) -> Tensor:
-    """Codes (float32, whole numbers) nearest to `weight`, ties to even; the arguments broadcast."""
-    return (torch.round(weight / scale) + zero).clamp_(0, largest_code)
-
-
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """float32 values of codes; the arguments broadcast."""
     return (codes.float() - zero.float()) * scale.float()

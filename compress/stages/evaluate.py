@@ -1,8 +1,11 @@
 """Compares two checkpoints on a text, each streamed layer by layer: neither is ever held.
 
-The base model's last hidden states are kept in the work folder, by fingerprint: a sweep pays for them once.
+The base model's last hidden states are kept in the work folder, by fingerprint: a sweep pays for them once. Logits are
+computed a few tokens at a time, since those of a window of 2048 tokens take gigabytes; so the head's sums may be
+rounded otherwise than in a whole window, in their last bits.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,13 @@ from torch import Tensor
 
 from compress.artefact import fingerprint
 from compress.data.calibration import TokenSet
-from compress.evaluate.divergence import TokenDivergence, summarise, token_divergence
+from compress.evaluate.divergence import TokenDivergence, rows_at_once, summarise, token_divergence
 from compress.export.dense import DenseView
 from compress.model.checkpoint import read_part, write_part
 from compress.model.stream import LayerStream
 from compress.stages.context import Context
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 @torch.no_grad()
@@ -39,28 +42,45 @@ def compare(
     key = fingerprint("hidden", CODE_VERSION, base_id, windows.sha256, str(context.dtype))
     kept = cache / f"{key}.safetensors"
     if kept.exists():
-        hidden_base = list(read_part(kept)[0]["hidden"].to(context.device).split(1))
+        hidden_base = list(read_part(kept)[0]["hidden"].split(1))
     else:
         hidden_base = _last_hidden(streams[0], windows.tokens, context, "evaluating the base")
         cache.mkdir(parents=True, exist_ok=True)
-        write_part(kept, {"hidden": torch.cat(hidden_base).cpu()}, {})
+        write_part(kept, {"hidden": torch.cat(hidden_base)}, {})
     hidden_candidate = _last_hidden(streams[1], windows.tokens, context, "evaluating the result")
-    rows: list[TokenDivergence] = []
+    found: list[TokenDivergence] = []
     with (
         streams[0].outer(),
         streams[1].outer(),
         context.reporter.task("comparing", len(windows.tokens), "window") as advance,
     ):
         for tokens, one, other in zip(windows.tokens, hidden_base, hidden_candidate, strict=True):
-            logits = [s.logits(h)[0, :-1] for s, h in zip(streams, (one, other), strict=True)]
-            rows.append(token_divergence(logits[0], logits[1], tokens[1:].to(context.device)))
+            found.append(_window(streams, [one, other], tokens, context.device))
             advance()
     return summarise(
-        TokenDivergence(*(torch.stack([getattr(r, f.name) for r in rows]).cpu() for f in fields(TokenDivergence))),
+        _joined(found, torch.stack),
         dataset=windows.name,
         sequence_length=windows.sequence_length,
         dtype=str(context.dtype).removeprefix("torch."),
     )
+
+
+def _window(
+    streams: Sequence[LayerStream], hidden: Sequence[Tensor], tokens: Tensor, device: torch.device
+) -> TokenDivergence:
+    """Both models on a window of tokens [S], from what their last layers put out, [1, S, D] each."""
+    rows, scored = rows_at_once(max(s.model.config.vocab_size for s in streams)), len(tokens) - 1
+    states, targets = [h[:, :scored].to(device) for h in hidden], tokens[1:].to(device)
+    parts = []
+    for start in range(0, scored, rows):
+        part = slice(start, start + rows)
+        base, candidate = (s.logits(h[:, part])[0] for s, h in zip(streams, states, strict=True))
+        parts.append(token_divergence(base, candidate, targets[part], first=start))
+    return _joined(parts, torch.cat)
+
+
+def _joined(parts: Sequence[TokenDivergence], join: Callable[[list[Tensor]], Tensor]) -> TokenDivergence:
+    return TokenDivergence(*(join([getattr(p, f.name).cpu() for p in parts]) for f in fields(TokenDivergence)))
 
 
 def open_view(view: DenseView, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> LayerStream:
@@ -73,7 +93,7 @@ def open_view(view: DenseView, device: torch.device, dtype: torch.dtype, trust_r
 
 
 def _last_hidden(stream: LayerStream, tokens: Tensor, context: Context, title: str) -> list[Tensor]:
-    """What the last layer puts out for every window: [1, S, D] each."""
+    """What the last layer puts out for every window: [1, S, D] each, in host memory."""
     activations = stream.start(tokens)
     with context.reporter.task(title, stream.depth, "layer") as advance:
         for index in range(stream.depth):
@@ -82,4 +102,4 @@ def _last_hidden(stream: LayerStream, tokens: Tensor, context: Context, title: s
             stream.empty_layer(index)
             advance()
     stream.close()
-    return [window for batch in activations.hidden for window in batch.split(1)]
+    return [window for batch in activations.hidden for window in batch.cpu().split(1)]

@@ -38,6 +38,7 @@ from compress.recipe_eight_bit import EightBitStage
 from compress.report import schema
 from compress.stages.context import Context
 from compress.stages.eight_bit import InputScales
+from compress.stages.fitness import check_calls, check_modules, check_weights
 from compress.stages.original import Original, Pair
 from compress.stages.solve import Solved, Solver
 
@@ -148,6 +149,11 @@ class _Quantization:
         outside = self._embed()
         with stream.outer():
             probe = stream.start(self.context.probe)
+            check_modules(stream, self.matrices)
+            if self.spec.calibrates:
+                check_calls(stream, self.matrices, probe)
+            if isinstance(self.spec, QuantizeStage):
+                check_weights(stream, self.matrices, probe, self.spec.layout)
             activations = stream.start(self._calibration()) if self.spec.calibrates else None
         if self.solver.correction and activations is not None:
             self.original = self._beside(activations, probe)
@@ -269,9 +275,6 @@ class _Quantization:
                 visit(group, pairs, writing)
         else:
             stream.run_layer(index, activations, lambda group, x: visit(group, Passes(partial(map, _alone, x))))
-        missed = [name for name in self.matrices if name.startswith(prefix) and name not in solved]
-        if missed:
-            raise NumericalError(f"{', '.join(missed[:3])}: never used in the layer's forward pass; add it to ignore")
         modules = [each.module for each in solved.values()]  # in the order in which they are used
         tensors = self._packed(raw, solved) | ({} if self.inputs is None else self.inputs.tensors(solved))
         return tensors, schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)

@@ -16,6 +16,7 @@ from compress.evaluate.stock import Request, ask
 from compress.export.dense import DenseView
 from compress.memory import available
 from compress.model.checkpoint import Checkpoint
+from compress.model.tokenizer import load_tokenizer
 from compress.quant.grid import Grid
 from compress.report.schema import Verified
 from compress.stages.evaluate import open_view
@@ -179,7 +180,5 @@ def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader:
 
 def probe_tokens(folder: Path, trust_remote_code: bool) -> Tensor:
     """Tokens [S], S <= PROBE_TOKENS, of a fixed text: prose, numbers, code and other languages."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     return torch.tensor(tokenizer(PROBE_TEXT)["input_ids"][:PROBE_TOKENS])
