@@ -30,7 +30,7 @@ def timed(command: list[str]) -> float:
 def divergence(model: str, result: Path, text: str) -> dict[str, float]:
     """KL and perplexity of a checkpoint on 40 windows of 512 tokens, by `dscompress eval`."""
     command = [
-        str(Path(sys.executable).with_name("dscompress")), "eval", model, str(result), "--text", text,
+        sys.executable, "-m", "compress.cli", "eval", model, str(result), "--text", text,
         "--sequence-length", "512", "--windows", "40", "-q", "--work-dir", str(result.parent / ".eval"),
     ]  # fmt: skip
     quality = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -59,7 +59,7 @@ def main() -> None:
             "stages: [{kind: quantize, bits: 4, group_size: 64}]\nevaluate: false\n"
             f"output: {folder / 'ours'}\n"
         )
-        ours = [str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "--fresh", "-q"]
+        ours = [sys.executable, "-m", "compress.cli", "run", str(recipe), "--fresh", "-q"]
         results = {"dscompress": "default", "dscompress, drift_correction: 0": "plain", "llm-compressor": "peer"}
         commands = {
             "default": [*ours, "--output", str(folder / "default")],

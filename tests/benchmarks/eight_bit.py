@@ -12,6 +12,7 @@ without its evaluation.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,7 @@ def timed(command: list[str]) -> float:
 def quality(model: str, result: Path, options: argparse.Namespace) -> tuple[float, float, float]:
     """KL, perplexity of the base and of the result."""
     command = [
-        str(Path(sys.executable).with_name("dscompress")), "eval", model, str(result), "--text",
+        sys.executable, "-m", "compress.cli", "eval", model, str(result), "--text",
         options.evaluation_text, "--sequence-length", str(options.sequence_length), "--windows", str(options.windows),
         "-q", "--work-dir", str(result.parent / ".eval"),
     ]  # fmt: skip
@@ -88,7 +89,7 @@ def ours(folder: Path, scheme: str, options: argparse.Namespace) -> tuple[Path, 
         f"sequence_length: {options.sequence_length}}}\n"
         f"stages: [{{kind: quantize, {OURS[scheme]}}}]\nevaluate: false\noutput: {output}\n"
     )
-    return output, timed([str(Path(sys.executable).with_name("dscompress")), "run", str(recipe), "-q"])
+    return output, timed([sys.executable, "-m", "compress.cli", "run", str(recipe), "-q"])
 
 
 def main() -> None:
@@ -112,7 +113,14 @@ def main() -> None:
             made = {"dscompress": ours(folder, scheme, options)}
             if options.peer_python and scheme != "int8_auto":
                 output = folder / f"peer_{scheme}"
-                command = [options.peer_python, str(peer), options.model, options.text, str(output), scheme]
+                command = [
+                    *shlex.split(options.peer_python),
+                    str(peer),
+                    options.model,
+                    options.text,
+                    str(output),
+                    scheme,
+                ]
                 seconds = timed([*command, str(options.samples), str(options.sequence_length)])
                 made["llm-compressor"] = output, seconds
             for system, (output, seconds) in made.items():

@@ -91,7 +91,7 @@ def main() -> None:
         write_model(model, Shape(options.layers, 3072, 8192, 24, 8, 128256, tied=True))
     limit = int(options.limit_gib * 2**30)
     command = [
-        str(Path(sys.executable).with_name("dscompress")), "run", "8b_int4_gptq", "--model", str(model),
+        sys.executable, "-m", "compress.cli", "run", "8b_int4_gptq", "--model", str(model),
         "--output", str(options.folder / "out"), "--set", "evaluate=false",
         "--set", f"calibration.samples={options.samples}", "--set", "calibration.sequence_length=512", "--fresh",
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def main() -> None:
     if not model.exists():
         write_model(model, shape)
     command = [
-        str(Path(sys.executable).with_name("dscompress")), "run", "8b_int8_dynamic", "--model", str(model),
+        sys.executable, "-m", "compress.cli", "run", "8b_int8_dynamic", "--model", str(model),
         "--output", str(output), "--set", "evaluate=false", "--set", "stages.0.weight_rounding=rtn",
         "--set", "stages.0.smooth=null", "--fresh",
     ]  # fmt: skip
