@@ -135,12 +135,14 @@ def run(
 
         print("\n".join(describe(loaded, work_folder(Path(loaded.output), work), reporter)))
         return
-    from compress.report.write import summary_table
+    from compress.report.write import speed_words, summary_table
 
     report = run_recipe(loaded, Options(device, work, fresh, _bytes(max_memory)), reporter)
     if report is None:
         return
     _print_table(summary_table(report))
+    if words := speed_words(report):
+        print(f"speed       {words}")
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
     if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
         raise typer.Exit(1)

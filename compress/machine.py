@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,35 @@ from compress.report.schema import Machine
 if TYPE_CHECKING:
     import torch
 
+# What products of 8-bit integers and of bf16 are made with, on x86 and ARM.
+_MATTERS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
+
 
 def machine(device: "torch.device") -> Machine:
     """This machine, and its GPU where the run uses one."""
     import torch
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return Machine(cpu=_cpu_name(), cores=os.cpu_count() or 1, memory_bytes=physical(), gpu=gpu)
+    return Machine(cpu=_name(_cpuinfo()), cores=os.cpu_count() or 1, memory_bytes=physical(), gpu=gpu)
 
 
-def _cpu_name() -> str:
+def processor() -> tuple[str, list[str]]:
+    """This machine's CPU, and what it has of the instructions that matter here."""
+    found = _cpuinfo()
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    version = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return _name(found) + version, [flag for flag in _MATTERS if flag in flags]
+
+
+def _name(cpuinfo: Mapping[str, str]) -> str:
+    return cpuinfo.get("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of a core; nothing elsewhere."""
     file = Path("/proc/cpuinfo")
     rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    pairs = (row.partition(":") for row in rows)
+    return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}

@@ -32,13 +32,18 @@ class PeakMemory:
             import torch
 
             gpu = int(torch.cuda.max_memory_allocated(self.device))
-        return _high_water_mark(), gpu
+        return _resident("VmHWM:"), gpu
 
 
-def _high_water_mark() -> int:
+def resident() -> tuple[int, int]:
+    """Bytes of this process that are resident now, and at most so far (both times that, if this is not Linux)."""
+    return _resident("VmRSS:"), _resident("VmHWM:")
+
+
+def _resident(field: str) -> int:
     with suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024

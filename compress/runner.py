@@ -145,6 +145,12 @@ class _Run:
             verified = self._verify(parent, parent_id, context)
         quality = self._evaluate(base, base_id, parent, parent_id, windows, context)
         generations, note = self._generate(base, base_id, parent, parent_id, context)
+        speed, speed_note = None, None
+        if recipe.evaluate is not None and recipe.stages[-1].format == "torchao" and context.device.type == "cpu":
+            from compress.stages.speed import compare_speed
+
+            cache = self.work / "evaluations"
+            speed, speed_note = compare_speed(base, parent, parent_id, context, cache, self.options.fresh)
         report = schema.Report(
             name=recipe.name, recipe=_shown(recipe), created=now(), seconds=time.monotonic() - self.started,
             base=schema.Base(
@@ -152,7 +158,8 @@ class _Run:
             ),
             compressed=self._compressed(base, parent, stages), size_ratio=base.bytes / parent.bytes, quality=quality,
             stages=stages, calibration=_calibration(context.tokens), generations=generations, generations_note=note,
-            verified=verified, machine=machine(context.device), versions=versions(), warnings=self.reporter.warnings,
+            verified=verified, speed=speed, speed_note=speed_note, machine=machine(context.device), versions=versions(),
+            warnings=self.reporter.warnings,
         )  # fmt: skip
         self._publish(parent.folder, report)
         return report

@@ -147,6 +147,7 @@ def test_bundled_recipes_run(
     name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("compress.stages.speed._ROUNDS", 1)
     smaller = ["calibration.samples=4", "calibration.sequence_length=128"]
     smaller += ["evaluate.sequence_length=128", "evaluate.windows=2", "evaluate.prompts=[]"]
     options = [option for value in smaller for option in ("--set", value)]
@@ -157,6 +158,7 @@ def test_bundled_recipes_run(
     assert report.quality is not None and report.generations == []
     (asked,), (done,) = recipe["stages"], report.stages
     assert asked.items() <= done.spec.items()
+    assert (report.speed is not None) == (asked["format"] == "torchao" and done.device == "cpu")
 
 
 # validate, schema, recipes

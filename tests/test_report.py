@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from compress.errors import OutputError
 from compress.report import figures
 from compress.report.schema import Report
-from compress.report.write import summary_table, write_model_card, write_report
+from compress.report.write import speed_words, summary_table, write_model_card, write_report
 
 KINDS = {"q": [64, 64], "k": [32, 64], "v": [32, 64], "o": [64, 64], "gate": [96, 64], "up": [96, 64], "down": [64, 96]}
 HOSTILE = """<script>alert("x")</script> & </pre> {{ 7 * 7 }} ```\n| a | "b" 'c' \U0001f600 $x_1$"""
@@ -82,9 +82,22 @@ def _record(layers: int = 3) -> dict[str, Any]:
         "verified": {
             "loader": "transformers", "max_logit_difference": 0.0012, "tolerance": 0.05, "passed": True, "note": None,
         },
+        "speed": {
+            "cpu": "Some CPU (family 1, model 2)", "cpu_flags": ["avx2", "amx_int8"], "threads": 2,
+            "prompt_tokens": 512, "new_tokens": 24, "rounds": 2, "spread": 1.04, "base": _pace(895.4, 15.04),
+            "compressed": _pace(1340.6, 22.51),
+        },
+        "speed_note": None,
         "machine": {"cpu": "Some CPU", "cores": 2, "memory_bytes": 16_800_000_000, "gpu": None},
         "versions": {"torch": "2.13.0"},
         "warnings": ["fewer tokens than asked"],
+    }  # fmt: skip
+
+
+def _pace(prefill: float, decode: float) -> dict[str, Any]:
+    return {
+        "dtype": "bfloat16", "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
+        "loaded_bytes": 443_000_000, "peak_bytes": 759_000_000,
     }  # fmt: skip
 
 
@@ -92,7 +105,9 @@ def _bare() -> dict[str, Any]:
     """A record that holds nothing but what a record must."""
     record = _record()
     record |= {"quality": None, "verified": None, "stages": [], "versions": {}}
-    for optional in ("calibration", "generations", "generations_note", "machine", "warnings"):
+    for optional in (
+        "calibration", "generations", "generations_note", "machine", "warnings", "speed", "speed_note",
+    ):  # fmt: skip
         del record[optional]
     record["base"] = {"model": "/data/local", "bytes": 100, "parameters": 50}
     record["compressed"] = {"path": "out/tiny", "bytes": 40, "parameters": 50, "bits_per_weight": 6.4}
@@ -148,7 +163,7 @@ def test_the_record_has_the_agreed_fields_and_survives_a_round_trip(tmp_path: Pa
 
 def test_a_record_of_an_older_version_loads_and_an_unknown_field_does_not() -> None:
     older = Report.model_validate_json(json.dumps(_bare()))
-    assert older.warnings == [] and older.machine is None
+    assert older.warnings == [] and older.machine is None and older.speed is None and older.speed_note is None
     with pytest.raises(ValidationError, match="surprise"):
         Report.model_validate(_record() | {"surprise": 1})
 
@@ -175,6 +190,9 @@ def test_all_files_state_the_same_figures(tmp_path: Path) -> None:
         "size": f"{report.size_ratio:.2f}x smaller",
         "bits": f"{report.compressed.bits_per_weight:.2f}",
         "change": f"{100 * (23.741 / 21.913 - 1):+.1f} %",
+        "prefill": "1,341",
+        "decode": "22.5",
+        "speed": f"{22.51 / 15.04:.2f}x",
     }
     terminal = " ".join(cell for row in summary_table(report) for cell in row)
     for name, figure in expected.items():
@@ -246,7 +264,7 @@ def test_everything_absent_is_said_and_nothing_breaks(tmp_path: Path) -> None:
     assert "base_model" not in card and summary_table(report)[-1][2] == "not verified"
 
 
-@pytest.mark.parametrize("missing", ["quality", "verified", "calibration", "generations_note", "machine"])
+@pytest.mark.parametrize("missing", ["quality", "verified", "calibration", "generations_note", "machine", "speed"])
 def test_each_part_may_be_absent(missing: str, tmp_path: Path) -> None:
     _, html, md, card = _written(_record() | {missing: None}, tmp_path)
     assert _Page(html).open == []
@@ -278,6 +296,40 @@ def test_a_failed_verification_is_said_first(tmp_path: Path) -> None:
     for content in (_Page(html).text, md, card):
         assert "NOT verified" in content and "differ by up to 3.5 (allowed: 0.05)" in content
     assert summary_table(report)[-1][2] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "spread", "words"),
+    [
+        (1200.0, 18.0, 1.1, ""),
+        (545.0, 7.5, 1.1, "No faster than bf16 on this CPU: prefill 0.55x, decode 0.50x."),
+        (1020.0, 15.1, 1.1, "No faster than bf16 on this CPU: prefill 1.02x, decode 1.01x."),
+        (1800.0, 12.0, 1.1, "No faster than bf16 on this CPU in decode: prefill 1.80x, decode 0.80x."),
+        (500.0, 30.0, 1.1, "No faster than bf16 on this CPU in prefill: prefill 0.50x, decode 2.00x."),
+        (1800.0, 30.0, 2.04, "Its rounds differ by a factor of 2.0, so the machine was busy: to measure again, run the "
+         "same command while it is idle."),
+    ],
+)  # fmt: skip
+def test_a_format_that_is_no_faster_is_said_to_be(
+    prefill: float, decode: float, spread: float, words: str, tmp_path: Path
+) -> None:
+    record = _record()
+    record["speed"] |= {"base": _pace(1000.0, 15.0), "compressed": _pace(prefill, decode), "spread": spread}
+    if prefill == 545:
+        record["speed"]["base"] = _pace(1000.0, 15.0) | {"peak_bytes": 1_518_000_000}
+    report, html, md, card = _written(record, tmp_path)
+    assert speed_words(report) == words
+    how = "Speed of transformers in eager mode on Some CPU (family 1, model 2), with avx2, amx"
+    for content in (_Page(html).text, md, card):
+        assert words in content and how in content
+        assert ("No faster" in content, "was busy" in content) == ("No faster" in words, "was busy" in words)
+        assert ("-50.0 %" in content) == (prefill == 545)
+
+
+def test_why_speed_was_not_measured_is_said(tmp_path: Path) -> None:
+    _, html, md, _ = _written(_record() | {"speed": None, "speed_note": "8 GiB are free"}, tmp_path)
+    for content in (_Page(html).text, md):
+        assert "Speed was not measured: 8 GiB are free." in content
 
 
 def test_fallbacks_are_counted_and_flagged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Asks a checkpoint, opened by stock transformers in a process of its own, for logits and continuations.
+"""Asks a checkpoint, opened by stock transformers in a process of its own, for logits, continuations and its speed.
 
 Another process, because the stock loader holds the whole model and dscompress never does, and because nothing of
 dscompress can then have a hand in what is loaded.
@@ -10,16 +10,29 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.memory import resident
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How to measure speed: tokens of the prompt, tokens generated, threads."""
+
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Request:
         tokens: one sequence whose logits are wanted; empty for none.
         prompts: texts to continue greedily by up to `NEW_TOKENS` tokens.
         trust_remote_code: as in transformers.
+        timing: how to measure speed, on a CPU; None: not at all.
     """
 
     model: str
@@ -41,15 +55,20 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did."""
+    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did.
+
+    `pace` has the figures of `compress.report.schema.Pace`, if there was a timing.
+    """
 
     logits: "Tensor | None"
     continuations: list[str]
     failure: str | None = None
+    pace: dict[str, float] | None = None
 
 
 _ahead: list[subprocess.Popen[str]] = []
@@ -88,9 +107,9 @@ def ask(request: Request) -> Answer:
             lines = said.strip().splitlines()
             killed = f"the loader was stopped by signal {-process.returncode}, most likely for want of memory"
             return Answer(None, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
-        texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
-        return Answer(logits, texts)
+        return Answer(logits, found["texts"], pace=found["pace"])
 
 
 def _answer() -> None:
@@ -102,17 +121,47 @@ def _answer() -> None:
     path = sys.stdin.read()
     if not path:
         return  # started ahead, and not needed
-    folder, request = Path(path).parent, Request(**json.loads(Path(path).read_text(encoding="utf-8")))
+    folder, fields = Path(path).parent, json.loads(Path(path).read_text(encoding="utf-8"))
+    timing = Timing(**fields["timing"]) if fields["timing"] else None
+    request = Request(**fields | {"timing": timing})
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
+    if timing is not None:
+        torch.set_num_threads(timing.threads)
     model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
     model.to(request.device).eval()
     with torch.no_grad():
+        pace = _pace(model, timing) if timing is not None else None
         if request.tokens:
             logits = model(torch.tensor([request.tokens], device=request.device), use_cache=False).logits[0]
             save_file({"logits": logits.float().cpu().contiguous()}, folder / "logits.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(request.model, **options) if request.prompts else None
         texts = [_continue(model, tokenizer, prompt) for prompt in request.prompts]
-    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    (folder / "answer.json").write_text(json.dumps({"texts": texts, "pace": pace}), encoding="utf-8")
+
+
+def _pace(model: Any, timing: Timing) -> dict[str, float]:
+    """Speed on tokens drawn at random: which they are makes no difference. Once to warm up, then measured."""
+    import torch
+
+    loaded, _ = resident()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (1, timing.prompt_tokens), generator=generator)
+    # as `generate` does where a model knows how: logits of the last token alone
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    for new in (1, timing.new_tokens):
+        started = time.perf_counter()
+        out = model(tokens, use_cache=True, **last)
+        between = time.perf_counter()
+        for _ in range(new):
+            best = out.logits[:, -1:].argmax(-1)
+            out = model(best, past_key_values=out.past_key_values, use_cache=True)
+        ended = time.perf_counter()
+    return {
+        "prefill_tokens_per_second": timing.prompt_tokens / (between - started),
+        "decode_tokens_per_second": timing.new_tokens / (ended - between),
+        "loaded_bytes": loaded,
+        "peak_bytes": resident()[1],
+    }
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str) -> str:

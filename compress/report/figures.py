@@ -7,9 +7,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from compress.report.schema import Interval, Layer, Module, Report, Stage
+from compress.report.schema import Interval, Layer, Module, Report, Speed, Stage
 
 Row = tuple[str, str, str, str]
+_FASTER = 1.05  # times the base's speed; less is noise
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def summary_table(report: Report) -> list[Row]:
     loader = f"Opened by {verified.loader}" if verified else "Opened by the stock loader"
     difference = verified.max_logit_difference if verified else None
     note = "" if difference is None else f"largest logit difference {number(difference)}"
-    return [*size_rows(report), *quality_rows(report), (loader, "", verification(report), note)]
+    rows = [*size_rows(report), *quality_rows(report), *speed_rows(report)]
+    return [*rows, (loader, "", verification(report), note)]
 
 
 def size_rows(report: Report) -> list[Row]:
@@ -147,6 +149,69 @@ def quality_rows(report: Report) -> list[Row]:
     for name, task in quality.tasks.items():
         rows.append((f"{name} ({task.n} items)", number(task.base), number(task.compressed), f"{task.delta:+.3g}"))
     return rows
+
+
+def speed_rows(report: Report) -> list[Row]:
+    """The rows of the summary that state speed and memory on a CPU; none where nothing was measured."""
+    speed = report.speed
+    if speed is None:
+        return []
+    rows = [
+        (f"{name.capitalize()}, {tokens} tokens (tokens/s)", _pace(before), _pace(after), _times(before, after))
+        for name, tokens, before, after in _paces(speed)
+    ]
+    base, result = speed.base, speed.compressed
+    sizes = {"loaded": (base.loaded_bytes, result.loaded_bytes), "peak": (base.peak_bytes, result.peak_bytes)}
+    return rows + [(f"Memory of the process, {when}", size(b), size(r), change(b, r)) for when, (b, r) in sizes.items()]
+
+
+def _paces(speed: Speed) -> list[tuple[str, int, float, float]]:
+    """What was timed, on how many tokens, and the tokens per second of base and result."""
+    base, result = speed.base, speed.compressed
+    return [
+        ("prefill", speed.prompt_tokens, base.prefill_tokens_per_second, result.prefill_tokens_per_second),
+        ("decode", speed.new_tokens, base.decode_tokens_per_second, result.decode_tokens_per_second),
+    ]
+
+
+def _pace(value: float) -> str:
+    """Three digits: 895, 15.0, 5.21."""
+    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+def _times(before: float, after: float) -> str:
+    return f"{after / before:.2f}x"
+
+
+def speed_words(report: Report) -> str:
+    """That the result is not faster than its base on this CPU, that the figures are doubtful; empty if all is well."""
+    speed = report.speed
+    if speed is None:
+        return ""
+    paces = _paces(speed)
+    slow = [name for name, _, before, after in paces if after < _FASTER * before]
+    times = ", ".join(f"{name} {_times(before, after)}" for name, _, before, after in paces)
+    where = f" in {slow[0]}" if len(slow) == 1 else ""
+    words = [f"No faster than bf16 on this CPU{where}: {times}."] if slow else []
+    if speed.busy:
+        words.append(
+            f"Its rounds differ by a factor of {speed.spread:.1f}, so the machine was busy: to measure again, run the "
+            "same command while it is idle."
+        )
+    return " ".join(words)
+
+
+def speed_protocol(report: Report) -> str:
+    """How speed was measured, or why it was not; empty for a run that doesn't measure it."""
+    speed = report.speed
+    if speed is None:
+        return f"Speed was not measured: {report.speed_note}." if report.speed_note else ""
+    flags = f", with {', '.join(speed.cpu_flags)}" if speed.cpu_flags else ""
+    return (
+        f"Speed of transformers in eager mode on {speed.cpu}{flags}; {speed.threads} threads, base in "
+        f"{speed.base.dtype}, result in {speed.compressed.dtype}, medians of {speed.rounds} rounds by turns, each in a "
+        "process of its own, whose memory includes the libraries'."
+    )
 
 
 def _ci(bounds: Interval | None, share: bool = False) -> str:

@@ -163,6 +163,41 @@ class Verified(_Record):
     note: str | None = None
 
 
+class Pace(_Record):
+    """A checkpoint opened by the stock loader in a process of its own: medians. Memory is what is resident, all told.
+
+    `prefill` is one pass over the prompt, `decode` greedy, token by token, with the cache that the prompt left.
+    """
+
+    dtype: str
+    prefill_tokens_per_second: Annotated[float, Field(gt=0)]
+    decode_tokens_per_second: Annotated[float, Field(gt=0)]
+    loaded_bytes: Count
+    peak_bytes: Count
+
+
+class Speed(_Record):
+    """Base in bf16 and result on one CPU, by turns, `rounds` times. `cpu_flags`: its instructions for small numbers.
+
+    `spread` is the largest ratio of a figure in one round to the same in another.
+    """
+
+    cpu: str
+    cpu_flags: list[str]
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    rounds: Count
+    spread: float
+    base: Pace
+    compressed: Pace
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else used the machine: an idle one's rounds differ less."""
+        return self.spread > 1.3
+
+
 class Machine(_Record):
     """Where it ran."""
 
@@ -188,6 +223,8 @@ class Report(_Record):
     generations: list[Generation] = []
     generations_note: str | None = None
     verified: Verified | None
+    speed: Speed | None = None
+    speed_note: str | None = None
     machine: Machine | None = None
     versions: dict[str, str]
     warnings: list[str] = []

@@ -15,10 +15,10 @@ import yaml
 
 from compress.errors import OutputError
 from compress.report import figures
-from compress.report.figures import summary_table
+from compress.report.figures import speed_words, summary_table
 from compress.report.schema import Report, Stage
 
-__all__ = ["summary_table", "write_model_card", "write_report"]
+__all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _VLLM_BITS = {4, 8}
@@ -131,6 +131,9 @@ def _view(report: Report) -> dict[str, Any]:
         "worst": figures.worst(report),
         "size_rows": figures.size_rows(report),
         "quality_rows": figures.quality_rows(report),
+        "speed_rows": figures.speed_rows(report),
+        "speed_words": speed_words(report),
+        "speed_protocol": figures.speed_protocol(report),
         "failures": _failures(report),
         "warnings": _fallback_warning(len(fallbacks), len(rows)) + report.warnings,
         "facts": _facts(report),
