@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,15 @@ def processor() -> tuple[str, list[str]]:
     flags = (found.get("flags") or found.get("Features") or "").split()
     version = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
     return _name(found) + version, [flag for flag in _MATTERS if flag in flags]
+
+
+def waited() -> float:
+    """Seconds so far that this process's threads were ready to run while others had the cores, as Linux counts them."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that just ended
+            total += int(file.read_text(encoding="ascii").split()[1])
+    return total / 1e9
 
 
 def _name(cpuinfo: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.machine import waited
 from compress.memory import resident
 
 if TYPE_CHECKING:
@@ -149,18 +150,19 @@ def _pace(model: Any, timing: Timing) -> dict[str, float]:
     # as `generate` does where a model knows how: logits of the last token alone
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     for new in (1, timing.new_tokens):
-        started = time.perf_counter()
+        before, started = waited(), time.perf_counter()
         out = model(tokens, use_cache=True, **last)
         between = time.perf_counter()
         for _ in range(new):
             best = out.logits[:, -1:].argmax(-1)
             out = model(best, past_key_values=out.past_key_values, use_cache=True)
-        ended = time.perf_counter()
+        ended, after = time.perf_counter(), waited()
     return {
         "prefill_tokens_per_second": timing.prompt_tokens / (between - started),
         "decode_tokens_per_second": timing.new_tokens / (ended - between),
         "loaded_bytes": loaded,
         "peak_bytes": resident()[1],
+        "waited": (after - before) / (ended - started) / timing.threads,
     }
 
 

@@ -188,17 +188,15 @@ def speed_words(report: Report) -> str:
     speed = report.speed
     if speed is None:
         return ""
+    if speed.busy:
+        return (
+            "These speeds say little, for the machine was busy with other work: run the same command while it is idle."
+        )
     paces = _paces(speed)
     slow = [name for name, _, before, after in paces if after < _FASTER * before]
     times = ", ".join(f"{name} {_times(before, after)}" for name, _, before, after in paces)
     where = f" in {slow[0]}" if len(slow) == 1 else ""
-    words = [f"No faster than bf16 on this CPU{where}: {times}."] if slow else []
-    if speed.busy:
-        words.append(
-            f"Its rounds differ by a factor of {speed.spread:.1f}, so the machine was busy: to measure again, run the "
-            "same command while it is idle."
-        )
-    return " ".join(words)
+    return f"No faster than bf16 on this CPU{where}: {times}." if slow else ""
 
 
 def speed_protocol(report: Report) -> str:

@@ -167,6 +167,7 @@ class Pace(_Record):
     """A checkpoint opened by the stock loader in a process of its own: medians. Memory is what is resident, all told.
 
     `prefill` is one pass over the prompt, `decode` greedy, token by token, with the cache that the prompt left.
+    `waited` is the share of its time that a thread stood ready while something else had the core.
     """
 
     dtype: str
@@ -174,13 +175,11 @@ class Pace(_Record):
     decode_tokens_per_second: Annotated[float, Field(gt=0)]
     loaded_bytes: Count
     peak_bytes: Count
+    waited: Annotated[float, Field(ge=0)]
 
 
 class Speed(_Record):
-    """Base in bf16 and result on one CPU, by turns, `rounds` times. `cpu_flags`: its instructions for small numbers.
-
-    `spread` is the largest ratio of a figure in one round to the same in another.
-    """
+    """Base in bf16 and result on one CPU, by turns, `rounds` times. `cpu_flags`: its instructions for small numbers."""
 
     cpu: str
     cpu_flags: list[str]
@@ -188,14 +187,13 @@ class Speed(_Record):
     prompt_tokens: Count
     new_tokens: Count
     rounds: Count
-    spread: float
     base: Pace
     compressed: Pace
 
     @property
     def busy(self) -> bool:
-        """Whether something else used the machine: an idle one's rounds differ less."""
-        return self.spread > 1.3
+        """Whether other work slowed them so much that the figures say little."""
+        return max(self.base.waited, self.compressed.waited) > 0.05
 
 
 class Machine(_Record):

@@ -22,7 +22,7 @@ from compress.stages.context import Context
 from compress.stages.verify import torchao_dtype
 
 CODE_VERSION = 1
-_PROMPT_TOKENS, _NEW_TOKENS, _ROUNDS = 512, 24, 2
+_PROMPT_TOKENS, _NEW_TOKENS, _ROUNDS = 512, 16, 2
 _PROCESS_BYTES = 700_000_000  # torch and transformers, before a model
 
 
@@ -65,7 +65,7 @@ def compare_speed(
     paces = [_pace(request, rows) for request, rows in zip(requests, found, strict=True)]
     speed = Speed(
         cpu=cpu, cpu_flags=flags, threads=timing.threads, prompt_tokens=timing.prompt_tokens,
-        new_tokens=timing.new_tokens, rounds=_ROUNDS, spread=_spread(found), base=paces[0], compressed=paces[1],
+        new_tokens=timing.new_tokens, rounds=_ROUNDS, base=paces[0], compressed=paces[1],
     )  # fmt: skip
     if not speed.busy:
         cache.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,6 @@ def _timing(base: Checkpoint) -> Timing:
     positions = base.config.get("max_position_embeddings") or _PROMPT_TOKENS + _NEW_TOKENS
     new = min(_NEW_TOKENS, max(1, positions // 8))
     return Timing(max(1, min(_PROMPT_TOKENS, positions - new)), new, torch.get_num_threads())
-
-
-def _spread(found: Sequence[Sequence[dict[str, float]]]) -> float:
-    """How many times the largest of a checkpoint's figures in all rounds is its smallest, at worst."""
-    return max(max(row[name] for row in rows) / min(row[name] for row in rows) for rows in found for name in rows[0])
 
 
 def _pace(request: Request, rows: Sequence[dict[str, float]]) -> Pace:

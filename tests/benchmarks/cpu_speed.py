@@ -20,6 +20,7 @@ COLUMNS = {
     "decode tokens/s": ("decode_tokens_per_second", 1.0),
     "loaded MB": ("loaded_bytes", 1e6),
     "peak MB": ("peak_bytes", 1e6),
+    "waiting for a core, %": ("waited", 0.01),
 }
 
 
