@@ -316,10 +316,8 @@ class _Run:
             return [], "evaluation is turned off"
         if result.config["quantization_config"]["quant_method"] == "gptq":
             return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
-        needed, free = (
-            int(parameter_count(base) * context.dtype.itemsize * 1.3),
-            available(context.device, context.max_memory),
-        )
+        needed = int(parameter_count(base) * context.dtype.itemsize * 1.3)
+        free = available(context.device, context.max_memory)
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
         prompts = list(PROMPTS if spec.prompts is None else spec.prompts)
