@@ -1,8 +1,9 @@
 """What takes the decoder layers' places when the layer loop wants only what lies around them."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class StandIn(nn.Module):
 
     def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The layer's part in the model's forward pass."""
-        names = list(inspect.signature(self.__dict__["layer"].forward).parameters)
+        names = _parameters(type(self.__dict__["layer"]).forward)
         arguments = dict(zip(names, positional, strict=False)) | named
         hidden = arguments.pop(names[0])
         if self.answer is None:
@@ -59,3 +60,9 @@ class StandIn(nn.Module):
                 raise Reached
         out = hidden if self.answer is None else self.answer
         return (out, *[None] * (self.in_tuple - 1)) if self.in_tuple else out
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    """Names of what a method takes."""
+    return list(inspect.signature(forward).parameters)[1:]
