@@ -20,7 +20,7 @@ from compress.progress import Reporter
 from compress.quant.grid import InputRounding
 from compress.quant.inputs import static_rounding
 from compress.quant.observers import reach
-from compress.quant.smooth import smoothing_scale
+from compress.quant.smooth import refine, smoothing_scale
 from compress.recipe_eight_bit import EightBitStage
 from compress.stages.context import Context
 from compress.stages.quantize import quantize
@@ -180,6 +180,47 @@ def test_smoothing_scale_is_the_papers() -> None:
     plain = (x / w).sqrt()
     assert torch.allclose(scale / scale[0], plain / plain[0]) and float(scale.log().mean().abs()) < 1e-6
     assert torch.allclose(smoothing_scale(x, w, 0.0), torch.ones(3))  # equal weights: nothing to move
+
+
+def rounded_rows(matrix: Tensor) -> Tensor:
+    """Each row on a grid of -127 to 127 of its own."""
+    step = matrix.abs().amax(1, keepdim=True) / 127
+    return (matrix / step).round() * step
+
+
+def test_refined_scales_lose_less_on_other_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    channels = torch.randn(96, generator=generator).mul(1.5).exp()  # a few are far larger than the rest
+    x, other = (torch.randn(1, 512, 96, generator=generator) * channels for _ in range(2))
+    w = torch.randn(64, 96, generator=generator) * torch.randn(96, generator=generator).exp()
+
+    def lost(scale: Tensor) -> float:
+        return float((other[0] @ w.t() - rounded_rows(other[0] / scale) @ rounded_rows(w * scale).t()).square().sum())
+
+    start = smoothing_scale(x.abs().amax((0, 1)), w.abs().amax(0), 0.7)
+    found = refine(start, x, [w[:40], w[40:]], lambda scale: scale, lambda slope: slope)
+    assert lost(found) < 0.9 * lost(start) and float(found.log().mean().abs()) < 1e-5
+
+
+def test_slope_of_the_refinement_is_the_formulas() -> None:
+    """The first step of Adam goes against the sign of the slope, here by automatic differentiation in float64."""
+    generator = torch.Generator().manual_seed(2)
+    fold = Fold(("o_proj",), "v_proj", None, head=3)  # 6 channels feed 12 inputs
+    x, w = torch.randn(1, 64, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    logarithm = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        s = fold.spread(logarithm.exp(), 12)
+        of_inputs = (x[0].double().abs() / s).amax(1).square().mean() * (s * w.double()).square().sum()
+        of_weights = (w.double().abs() * s).amax(1).square().sum() * (x[0].double() / s).square().mean(0).sum()
+        (of_inputs + of_weights).log().backward()
+    slopes: list[Tensor] = []
+
+    def total(slope: Tensor) -> Tensor:
+        slopes.append(fold.total(slope, 6))
+        return slopes[-1]
+
+    refine(torch.ones(6), x, [w], lambda scale: fold.spread(scale, 12), total)
+    assert logarithm.grad is not None and torch.allclose(2 * slopes[0].double(), logarithm.grad, atol=1e-5)
 
 
 # ---- observers

@@ -46,9 +46,15 @@ class Fold:
 
     def gather(self, values_I: Tensor, channels: int) -> Tensor:
         """The largest of the input channels that each of the producer's P channels feeds, [P]."""
-        if self.head is None:
-            return values_I
-        return values_I.view(-1, values_I.numel() // channels, self.head).amax(1).flatten()
+        return values_I if self.head is None else self._fed(values_I, channels).amax(1).flatten()
+
+    def total(self, values_I: Tensor, channels: int) -> Tensor:
+        """The sum of the input channels that each of the producer's P channels feeds, [P]."""
+        return values_I if self.head is None else self._fed(values_I, channels).sum(1).flatten()
+
+    def _fed(self, values_I: Tensor, channels: int) -> Tensor:
+        assert self.head is not None
+        return values_I.view(-1, values_I.numel() // channels, self.head)
 
 
 def find_folds(layer: nn.Module, groups: Sequence[tuple[str, ...]], run: Run, head_dim: int) -> dict[str, Fold]:

@@ -2,6 +2,14 @@
 
 The inputs are divided by s, the columns of the weights multiplied: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
+One power for all channels is a coarse choice. With a scale for each token and each row of the weights, rounding costs
+an output about
+
+    mean_t max_j (x_tj / s_j)^2  sum_j s_j^2 |W_j|^2   +   sum_o max_j (w_oj s_j)^2  sum_j mean_t x_tj^2 / s_j^2
+
+(uniform errors of the inputs through the weights, and the other way round), which a few steps of gradient descent on
+log s make smaller: by 10 to 40 % on a small Llama. With one scale for all tokens a power does as well.
+
 Dimensions: N tokens, I inputs, O outputs, P channels of what produces the inputs.
 """
 
@@ -14,6 +22,9 @@ from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import Grid, InputRounding
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_STEPS, _RATE = 40, 0.05
+
+Change = Callable[[Tensor], Tensor]
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -29,29 +40,79 @@ def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return (logarithm - logarithm.mean()).exp()
 
 
-def best_alpha(
-    inputs: Tensor, weights: Sequence[Tensor], scale_of: Callable[[float], Tensor], static: bool, grid: Grid
-) -> float | None:
-    """The power with which linears that share an input lose least; None where none beats no smoothing.
+def best_scale(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    scale_of: Callable[[float], Tensor],
+    spread: Change,
+    total: Change,
+    static: bool,
+    grid: Grid,
+) -> tuple[float, Tensor] | None:
+    """Scales [P] with which linears that share an input lose least, and the power that they started from.
 
     Args:
         inputs: X [1, N, I], a sample.
         weights: W [O, I] of each linear.
-        scale_of: scales [I] for a power.
+        scale_of: scales [P] for a power.
+        spread: those of the linears' inputs [I], from scales [P].
+        total: [P] from [I], added up where inputs share a producer's channel.
         static: one scale for all inputs, the range of the sample; else each token's own.
         grid: of the weights, which are rounded to nearest here.
+
+    Returns:
+        None where nothing that was tried beats no smoothing.
     """
+
+    def lost(scale: Tensor) -> float:
+        return _lost(inputs, weights, spread(scale), static, grid)
+
+    alpha = min(ALPHAS, key=lambda each: lost(scale_of(each)))
+    tried = [scale_of(alpha)]
+    if not static and not grid.float8 and grid.bits == 8 and grid.group_size == -1:
+        tried.append(refine(tried[0], inputs, weights, spread, total))
+    best = min(tried, key=lost)
+    return (alpha, best) if lost(best) < lost(torch.ones_like(best)) else None
+
+
+def _lost(inputs: Tensor, weights: Sequence[Tensor], scale: Tensor, static: bool, grid: Grid) -> float:
+    """Squared error of the outputs with scales [I], inputs and weights rounded."""
     stacked, exact = torch.cat([weight.float() for weight in weights]), inputs.float()
-    wanted = exact @ stacked.t()
-    least, best = torch.inf, None
-    for alpha in (None, *ALPHAS):
-        scale = torch.ones_like(exact[0, 0]) if alpha is None else scale_of(alpha)
-        smoothed = (exact / scale).to(inputs.dtype)
-        span = InputRounding(grid.float8).span
-        reach = smoothed.abs().amax().float() / span if static else None
-        rounding = InputRounding(grid.float8, reach, grid.group_size)
-        stored = round_to_nearest(stacked * scale, None, grid).dequantize()
-        missed = float((wanted - rounding(smoothed).float() @ stored.t()).square().sum())
-        if missed < least:
-            least, best = missed, alpha
-    return best
+    smoothed = (exact / scale).to(inputs.dtype)
+    reach = smoothed.abs().amax().float() / InputRounding(grid.float8).span if static else None
+    rounding = InputRounding(grid.float8, reach, grid.group_size)
+    stored = round_to_nearest(stacked * scale, None, grid).dequantize()
+    return float((exact @ stacked.t() - rounding(smoothed).float() @ stored.t()).square().sum())
+
+
+def refine(scale: Tensor, inputs: Tensor, weights: Sequence[Tensor], spread: Change, total: Change) -> Tensor:
+    """Scales [P] that cost less than `scale` by the formula above: for whole numbers, a scale per token and per row.
+
+    Args:
+        scale: float32 [P], positive, where to start.
+        inputs: X [1, N, I], a sample.
+        weights: W [O, I] of each linear.
+        spread: scales [I] of the linears' inputs from those of what produces them.
+        total: [P] from [I], added up where inputs share a producer's channel.
+    """
+    x, w = inputs.float().abs().flatten(0, -2), torch.cat([weight.float().abs() for weight in weights])
+    x_square, w_square = x.square().mean(0), w.square().sum(0)
+    logarithm = scale.log()
+    optimizer = torch.optim.Adam([logarithm], lr=_RATE)
+    for step in range(_STEPS):
+        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+        s = spread(logarithm.exp())
+        (widest, at_x), (tallest, at_w) = _extremes(x / s), _extremes(w * s)
+        through_w, through_x = s.square() * w_square, x_square / s.square()
+        of_inputs, of_weights = widest.mean() * through_w.sum(), tallest.sum() * through_x.sum()
+        slope = of_inputs * (through_w / through_w.sum() - at_x) + of_weights * (at_w - through_x / through_x.sum())
+        logarithm.grad = total(slope / (of_inputs + of_weights))
+        optimizer.step()
+    return (logarithm - logarithm.mean()).exp()
+
+
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares of each row's largest number [R], of numbers [R, C] >= 0, and each column's share of their sum [C]."""
+    largest = rows.amax(1)
+    squares = largest.square()
+    return squares, squares @ (rows == largest[:, None]).float() / squares.sum()

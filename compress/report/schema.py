@@ -92,7 +92,8 @@ class Module(_Record):
     `error` is the relative output error ||(W - W^) X||^2 / ||W X||^2 on the calibration inputs (None without
     calibration), `weight_error` is ||W - W^||^2 / ||W||^2. `fallback` says what was used instead, and why.
     `inputs` is how its inputs are rounded as the model runs (dynamic, static; None: not at all); `error` then counts
-    that too. `errors` are those under either, where one was chosen by them; `smooth` is SmoothQuant's power.
+    that too. `errors` are those under either, where one was chosen by them; `smooth` is SmoothQuant's power,
+    from which `auto` goes on.
     """
 
     name: str

@@ -4,6 +4,7 @@ The look is a pass of its own through the layer, so that what is calibrated, rep
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from compress.model.stream import LayerStream
 from compress.plan import Matrix
 from compress.quant.grid import Grid
 from compress.quant.inputs import Sample
-from compress.quant.smooth import best_alpha, smoothing_scale
+from compress.quant.smooth import best_scale, smoothing_scale
 from compress.recipe_eight_bit import EightBitStage
 
-_TOKENS = 512  # that powers are compared on
+_TOKENS = 1024  # that scales are compared on
 
 
 class Smoothing:
@@ -88,16 +89,18 @@ class Smoothing:
         def scale(alpha: float) -> Tensor:
             return smoothing_scale(reach, columns, alpha)
 
-        alpha = self.spec.smooth
-        if alpha == "auto":
-            width = largest.numel()
+        found: tuple[float, Tensor] | None
+        if self.spec.smooth == "auto":
+            width, grid = largest.numel(), self.grids[prefix + wanted[0]]
             static = self.matrices[prefix + wanted[0]].inputs == "static"  # auto mostly ends at dynamic
-            grid = self.grids[prefix + wanted[0]]
-            alpha = best_alpha(inputs, weights, lambda a: fold.spread(scale(a), width), static, grid)
-        if alpha is None:
+            spread, total = partial(fold.spread, width=width), partial(fold.total, channels=channels)
+            found = best_scale(inputs, weights, scale, spread, total, static, grid)
+        else:
+            found = None if self.spec.smooth is None else (self.spec.smooth, scale(self.spec.smooth))
+        if found is None:
             return None
-        self.alphas |= dict.fromkeys((prefix + name for name in wanted), float(alpha))
-        return scale(float(alpha))
+        self.alphas |= dict.fromkeys((prefix + name for name in wanted), float(found[0]))
+        return found[1]
 
     def _find(self, index: int, probe: Activations) -> dict[str, Fold]:
         stream, layer, prefix = self.stream, self.stream.layers[index], self.stream.prefix(index)
