@@ -63,26 +63,29 @@ def best_scale(
     Returns:
         None where nothing that was tried beats no smoothing.
     """
+    # each token counts the same: a few are a hundred times as large, and norms scale them down again
+    outputs = torch.stack([(inputs.float() @ weight.float().t()).square().sum(-1) for weight in weights]).sum(0)
+    root = outputs.sqrt().clamp(min=1e-6)[..., None]
 
     def lost(scale: Tensor) -> float:
-        return _lost(inputs, weights, spread(scale), static, grid)
+        return _lost(inputs, weights, spread(scale), root, static, grid)
 
     alpha = min(ALPHAS, key=lambda each: lost(scale_of(each)))
     tried = [scale_of(alpha)]
     if not static and not grid.float8 and grid.bits == 8 and grid.group_size == -1:
-        tried.append(refine(tried[0], inputs, weights, spread, total))
+        tried.append(refine(tried[0], inputs.float() / root, weights, spread, total))
     best = min(tried, key=lost)
     return (alpha, best) if lost(best) < lost(torch.ones_like(best)) else None
 
 
-def _lost(inputs: Tensor, weights: Sequence[Tensor], scale: Tensor, static: bool, grid: Grid) -> float:
-    """Squared error of the outputs with scales [I], inputs and weights rounded."""
+def _lost(inputs: Tensor, weights: Sequence[Tensor], scale: Tensor, root: Tensor, static: bool, grid: Grid) -> float:
+    """Squared error of the outputs, each token's over `root` [1, N, 1], with scales [I], inputs and weights rounded."""
     stacked, exact = torch.cat([weight.float() for weight in weights]), inputs.float()
     smoothed = (exact / scale).to(inputs.dtype)
     reach = smoothed.abs().amax().float() / InputRounding(grid.float8).span if static else None
     rounding = InputRounding(grid.float8, reach, grid.group_size)
     stored = round_to_nearest(stacked * scale, None, grid).dequantize()
-    return float((exact @ stacked.t() - rounding(smoothed).float() @ stored.t()).square().sum())
+    return float(((exact @ stacked.t() - rounding(smoothed).float() @ stored.t()) / root).square().sum())
 
 
 def refine(scale: Tensor, inputs: Tensor, weights: Sequence[Tensor], spread: Change, total: Change) -> Tensor:
