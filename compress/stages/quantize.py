@@ -168,7 +168,8 @@ class _Quantization:
                         if writing is not None:
                             writing.result()
                         if distributed.rank() == 0:
-                            writing = writer.submit(_write, part, tensors, record, _mark(self.context.device))
+                            behind = _stream_behind(self.context.device)
+                            writing = writer.submit(_write, part, tensors, record, behind)
                         records.append(record)
                     stream.run_layer(index, probe)
                     stream.empty_layer(index)
@@ -357,18 +358,19 @@ class _Quantization:
             write_text(folder / name, content)
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """The moment until which a GPU has been given work; None on a CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+def _stream_behind(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of a GPU that waits for what has been asked of it so far; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
-def _write(part: Path, tensors: dict[str, Tensor], record: schema.Layer, finished: torch.cuda.Event | None) -> None:
-    """Write a layer's tensors, made at the moment `finished`; a GPU copies them beside what it computes by then."""
-    if finished is not None:
-        device = next(iter(tensors.values())).device
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            torch.cuda.current_stream(device).wait_event(finished)
-            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+def _write(part: Path, tensors: dict[str, Tensor], record: schema.Layer, stream: torch.cuda.Stream | None) -> None:
+    """Write a layer's tensors; a GPU copies them in `stream`, beside what it computes by then."""
+    with torch.cuda.stream(stream):
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     write_part(part, tensors, {"layer": record.model_dump_json()})
 
 
