@@ -30,7 +30,7 @@ def test_correction_is_the_ridge_regression_onto_the_original_outputs(
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     weight, batches = draw(7, 12), []
-    drift, gram = Drift(), Gram()
+    drift, gram = Drift(weight if carries else None), Gram()
     for _ in range(3):
         x0 = draw(2, 10, 12)
         x, r0, r = x0 + 0.2 * draw(2, 10, 12), draw(2, 10, 7), draw(2, 10, 7)
@@ -40,7 +40,7 @@ def test_correction_is_the_ridge_regression_onto_the_original_outputs(
         batches.append((x, x0, r, r0, torch.ones(2, 10) if w is None else w))
     hessian = gram.total()
     assert hessian is not None
-    found = drift.correct(weight, hessian, share, carries)
+    found = drift.correct(weight, hessian, share)
     x, x0, r, r0 = (torch.cat([b[i].flatten(0, 1) for b in batches]).double().numpy() for i in range(4))
     root = np.sqrt(torch.cat([b[4].flatten() for b in batches]).double().numpy())[:, None]
     wanted = (x0 - x) @ weight.double().numpy().T + (r0 - r if carries else 0)
@@ -55,7 +55,7 @@ def test_without_drift_nothing_is_corrected() -> None:
     drift.add(x, x, None, None)
     gram.add(x)
     hessian = gram.total()
-    assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5, False), weight)
+    assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5), weight)
 
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ added to from R0 to R. Plain GPTQ asks for W X. The best float weights for what 
 are the target here, approached by a share, because they also fit the calibration text's noise. GPTAQ (Li et al.,
 arXiv 2504.02692) corrects column by column for the first term; the closed form needs no change in the solver.
 
-Shapes: N tokens, I inputs, O outputs, D hidden states.
+Shapes: N tokens, I inputs, O outputs.
 """
 
 import torch
@@ -20,11 +20,16 @@ _DAMP = 0.1  # of the mean diagonal: the correction is least trusted where the i
 
 
 class Drift:
-    """Sums over the calibration tokens that say how far a linear's surroundings have drifted."""
+    """Sums over the calibration tokens that say how far a linear's surroundings have drifted.
 
-    def __init__(self) -> None:
-        self._inputs: Tensor | None = None
-        self._residual: Tensor | None = None
+    Args:
+        writer: weight [O, I] of the linear, where its output is added to the residual stream as it is. None for any
+            number of others with one input.
+    """
+
+    def __init__(self, writer: Tensor | None = None) -> None:
+        self._writer = writer
+        self._total: Tensor | None = None  # of missing outputs [O, I] of a writer, of missing inputs [I, I] of others
 
     def add(
         self, inputs: Tensor, original: Tensor, weight: Tensor | None, residual: tuple[Tensor, Tensor] | None
@@ -35,39 +40,35 @@ class Drift:
             inputs: X [..., I]; the leading dimensions are tokens.
             original: X0 [..., I].
             weight: a weight >= 0 of every token, [...]; None counts all the same.
-            residual: R and R0 [..., D]; None where they play no part.
+            residual: R and R0 [..., O], in front of a writer.
         """
+        missing = original - inputs
+        if self._writer is not None:
+            missing = missing @ self._writer.t().to(missing.dtype)
+            if residual is not None:
+                missing += residual[1] - residual[0]
         root_N1 = None if weight is None else weight.reshape(-1, 1).sqrt().to(inputs.dtype)
-        x_NI, moved_NI = _weighed(inputs, root_N1), _weighed(original - inputs, root_N1)
-        self._inputs = _add_product(self._inputs, moved_NI, x_NI)
-        if residual is not None:
-            after, before = residual
-            self._residual = _add_product(self._residual, _weighed(before - after, root_N1), x_NI)
+        self._total = _add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
 
-    def sums(self) -> list[Tensor]:
+    def total(self) -> Tensor | None:
         """What was added up, to be summed in place over parts of the calibration."""
-        return [total for total in (self._inputs, self._residual) if total is not None]
+        return self._total
 
-    def correct(
-        self, weight: Tensor, hessian: Tensor, share: float, carries: bool, rows: Tensor | slice = slice(None)
-    ) -> Tensor:
+    def correct(self, weight: Tensor, hessian: Tensor, share: float, rows: Tensor | slice = slice(None)) -> Tensor:
         """The weights to quantize.
 
         Args:
             weight: float32 [O, I].
             hessian: X^T X, float32 [I, I], over the same tokens and weights.
             share: of the way to W'.
-            carries: whether the output is added to the residual stream as it is.
-            rows: which of the matrix's rows `weight` holds.
+            rows: which of a writer's rows `weight` holds.
 
         Raises:
             NumericalError: NaN or inf in the inputs.
         """
-        if self._inputs is None:
+        if self._total is None:
             return weight
-        wanted = weight @ self._inputs
-        if carries and self._residual is not None:
-            wanted += self._residual[rows]
+        wanted = weight @ self._total if self._writer is None else self._total[rows]
         damped = hessian.clone()
         damped.diagonal().add_(_DAMP * hessian.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)

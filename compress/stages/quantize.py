@@ -42,7 +42,7 @@ from compress.stages.fitness import check_calls, check_modules, check_weights
 from compress.stages.original import Original, Pair
 from compress.stages.solve import Solved, Solver
 
-CODE_VERSION = 3  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 4  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
@@ -245,13 +245,14 @@ class _Quantization:
                 return
             if self.inputs is not None:
                 pairs = map(_alone, self.inputs.decide(names, Passes(partial(map, itemgetter(0), pairs)), raw))
-            alike: dict[tuple[bool, InputRounding | None], list[str]] = {}
+            alike: dict[tuple[bool, InputRounding | None, str], list[str]] = {}
             for name in names:
                 change = None if self.inputs is None else self.inputs.rounding[name]
-                alike.setdefault((received is not None and name in attended, change), []).append(name)
-            sums = {kind: (Gram(), Drift()) for kind in alike}
+                writer = name if name.removeprefix(prefix) in writing else ""
+                alike.setdefault((received is not None and name in attended, change, writer), []).append(name)
+            sums = {kind: (Gram(), Drift(raw[f"{kind[2]}.weight"] if kind[2] else None)) for kind in alike}
             for number, (batch, beside) in enumerate(pairs if solves else ()):
-                for (weighted, change), (hessian, drift) in sums.items():
+                for (weighted, change, _), (hessian, drift) in sums.items():
                     weight = received[number] if weighted and received is not None else None
                     hessian.add(batch if change is None else change(batch), weight)
                     if beside is not None:
@@ -259,8 +260,7 @@ class _Quantization:
             found: dict[str, Solved] = {}
             for kind, members in alike.items():
                 hessian, drift = sums.pop(kind)
-                carrying = {prefix + name for name in writing}
-                found |= self.solver.solve({n: raw[f"{n}.weight"] for n in members}, hessian.total(), drift, carrying)
+                found |= self.solver.solve({n: raw[f"{n}.weight"] for n in members}, hessian.total(), drift)
             if self.inputs is not None:
                 found = self.inputs.described(found, raw)
             solved.update(found)

@@ -3,7 +3,7 @@
 Rows of a matrix are independent once its Hessian is known: each of several processes solves a share of them.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,6 @@ class Solver:
         weights: Mapping[str, Tensor],
         hessian: Tensor | None,
         drift: Drift | None = None,
-        carrying: Collection[str] = (),
     ) -> dict[str, Solved]:
         """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix.
 
@@ -104,21 +103,21 @@ class Solver:
             weights: [O, I] each, by name.
             hessian: of their inputs in this process; summed over all processes here.
             drift: of their inputs, likewise.
-            carrying: those whose output joins the residual stream.
         """
-        for sums in [each for each in (hessian,) if each is not None] + ([] if drift is None else drift.sums()):
-            distributed.all_reduce(sums)
-        by_grid: dict[tuple[Grid, str, bool], list[str]] = {}
+        for sums in (hessian, None if drift is None else drift.total()):
+            if sums is not None:
+                distributed.all_reduce(sums)
+        by_grid: dict[tuple[Grid, str], list[str]] = {}
         for name in weights:
             alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale
-            by_grid.setdefault((self.grids[name], alone, name in carrying), []).append(name)
+            by_grid.setdefault((self.grids[name], alone), []).append(name)
         solved: dict[str, Solved] = {}
-        for (grid, _, carries), names in by_grid.items():
+        for (grid, _), names in by_grid.items():
             shares = {name: weights[name][distributed.rows(len(weights[name]))] for name in names}
             target = torch.cat(list(shares.values())).float()
             if drift is not None and hessian is not None:
                 own = distributed.rows(len(weights[names[0]]))
-                target = drift.correct(target, hessian, self.correction, carries, own)
+                target = drift.correct(target, hessian, self.correction, own)
             found, loss, damp, fallback = self._quantize(target, hessian, grid, names)
             start = 0
             for name, share in shares.items():
