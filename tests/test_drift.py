@@ -10,15 +10,18 @@ from small_model import TRAINED
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPTNeoXConfig, PreTrainedConfig
 
 from compress.data.calibration import TokenSet, load_calibration
+from compress.errors import NumericalError
 from compress.model.checkpoint import Checkpoint
 from compress.model.steps import carriers
 from compress.model.stream import LayerStream
 from compress.progress import Reporter
 from compress.quant.drift import Drift
+from compress.quant.grid import Grid
 from compress.quant.statistics import Gram
 from compress.recipe import CalibrationSpec, QuantizeStage, bundled_dir
 from compress.stages.context import Context
 from compress.stages.quantize import quantize
+from compress.stages.solve import Solver
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -56,6 +59,21 @@ def test_without_drift_nothing_is_corrected() -> None:
     gram.add(x)
     hessian = gram.total()
     assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5), weight)
+
+
+@pytest.mark.parametrize("broken", ["inputs", "original"])
+def test_inputs_that_are_not_finite_are_named(broken: str) -> None:
+    """Also where only those of the original model are, which the Hessian can't show."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, original = (torch.randn(4, 8, 32, generator=generator) for _ in range(2))
+    (inputs if broken == "inputs" else original)[2, 3, 5] = torch.inf
+    drift, gram = Drift(), Gram()
+    drift.add(inputs, original, None, None)
+    gram.add(inputs)
+    spec = QuantizeStage(kind="quantize", group_size=32)
+    solver = Solver(spec, {"up": Grid(4, 32, True)})
+    with pytest.raises(NumericalError, match=r"^NaN or inf in the inputs of up; the weights may be damaged$"):
+        solver.solve({"up": torch.randn(8, 32, generator=generator)}, gram.total(), drift)
 
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress import distributed
 from compress.errors import NumericalError
+from compress.finite import all_finite
 from compress.quant.drift import Drift
 from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
 from compress.quant.grid import Grid, Quantized
@@ -142,7 +143,7 @@ class Solver:
         if hessian is None:
             return round_to_nearest(weight, importance(weight.new_ones(weight.shape[1]), clip), grid), None, None, None
         diagonal = hessian.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
+        if not bool(all_finite(diagonal) & all_finite(weight)):
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
         order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
         try:
