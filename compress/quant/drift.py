@@ -45,8 +45,9 @@ class Drift:
             missing = missing @ self._writer.t().to(missing.dtype)
             if residual is not None:
                 missing += residual[1] - residual[0]
-        root_N1 = None if weight is None else weight.reshape(-1, 1).sqrt().to(inputs.dtype)
-        self._total = _add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
+        if weight is not None:
+            missing *= weight[..., None].to(missing.dtype)
+        self._total = _add_product(self._total, missing.flatten(0, -2), inputs.flatten(0, -2))
 
     def total(self) -> Tensor | None:
         """What was added up, to be summed in place over parts of the calibration."""
@@ -80,8 +81,3 @@ def _add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Ten
     if left_NA.is_cuda and left_NA.dtype in (torch.bfloat16, torch.float16):
         return torch.addmm(total, left_NA.t(), right_NB, out_dtype=torch.float32, out=total)
     return total.addmm_(left_NA.float().t(), right_NB.float())
-
-
-def _weighed(batch: Tensor, root_N1: Tensor | None) -> Tensor:
-    rows = batch.flatten(0, -2)
-    return rows if root_N1 is None else rows * root_N1

@@ -52,7 +52,7 @@ def describe(
 ) -> schema.Module:
     """What the report says of a matrix, from its rows' `squares`."""
     rows, columns = quantized.codes.shape
-    weights, missed, *outputs = squares.sum(0)
+    weights, missed, *outputs = squares.sum(0).tolist()  # at once: a GPU is waited for
     error = max(0.0, _share(outputs[1], outputs[0])) if outputs else None
     return schema.Module(
         name=name, shape=(rows, columns), bits=quantized.grid.bits, damp=damp, fallback=fallback,
@@ -67,8 +67,8 @@ def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
     return ((matrix.to(dtype) @ hessian.to(dtype)) * matrix).sum(1)
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) > 0 else 0.0
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _gather(part: Quantized, rows: int) -> Quantized:
