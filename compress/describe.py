@@ -32,8 +32,7 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
         lines += [
             f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",
             f"result   about {_size(plan.output_bytes)}, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
-            f"memory   about {_size(plan.memory_bytes)} at most "
-            f"({text.samples} x {text.sequence_length} calibration tokens)",
+            f"memory   about {_size(plan.memory_bytes)} ({text.samples} x {text.sequence_length} calibration tokens)",
             f"disk     about {_size(plan.disk_bytes)} under {work}, {_size(free)} free",
         ]
     return [*lines, f"output   {output}"]

@@ -268,13 +268,14 @@ def _indivisible(matrices: Sequence[Matrix], where: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, in bytes; estimates from shapes, on the safe side.
+    """What a run will take, in bytes; estimates from shapes.
 
     Args:
         base_bytes: the model's safetensors.
         output_bytes: the checkpoint to be written.
-        memory_bytes: largest resident memory of the layer loop (one layer twice, its largest Hessian three times,
-            activations, embeddings and head).
+        memory_bytes: largest resident memory of the layer loop on a CPU that computes in 16 bits (one layer twice, its
+            largest Hessian and what solves it, a layer's inner activations for each model beside the other, embeddings
+            and head, libraries).
         disk_bytes: free space wanted while it runs.
         parameters: of the model.
     """
@@ -307,8 +308,9 @@ def estimate(
     hidden = width_of(checkpoint.config) or 0
     widest = max(matrix.shape[1] for matrix in matrices)
     in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
-    activations = 2 * sequences * sequence_length * (hidden + in_layers)
-    memory = 4 * max(layer.values()) + 12 * widest**2 + activations + outside + 700_000_000
+    models = 2 if isinstance(spec, QuantizeStage) and spec.correction else 1
+    activations = models * 2 * sequences * sequence_length * (5 * hidden + in_layers)
+    memory = 4 * max(layer.values()) + 20 * widest**2 + activations + outside + 700_000_000
     return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
 
 

@@ -68,3 +68,26 @@ def test_a_quarter_of_the_queries_gives_nearly_the_same(tmp_path: Path, monkeypa
     pair = torch.stack([torch.cat(whole).mean(0), torch.cat(sampled).mean(0)])
     assert torch.corrcoef(pair)[0, 1] > 0.9
     stream.close()
+
+
+def test_float16_holds_what_the_models_own_attention_holds() -> None:
+    """Products that only their scale brings within range."""
+    generator = torch.Generator().manual_seed(0)
+    query = (60 + 0.1 * torch.randn(1, 2, 64, 64, generator=generator)).half()
+    key = (30 + 0.1 * torch.randn(1, 2, 64, 64, generator=generator)).half()
+    assert query.float().matmul(key.float().mT).max() > torch.finfo(torch.float16).max
+    with pytest.raises(attention._Seen) as seen:
+        attention._attention(torch.nn.Identity(), query, key, key, None)
+    assert seen.value.received.isfinite().all()
+
+
+def test_one_mask_for_all_sequences_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(2, 3, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 1, 16, 16).tril().log()
+    monkeypatch.setattr(attention, "_BYTES_AT_ONCE", 1)  # a sequence at a time
+    found = []
+    for each in (mask, None):
+        with pytest.raises(attention._Seen) as seen:
+            attention._attention(torch.nn.Identity(), query, key, key, each)
+        found.append(seen.value.received)
+    torch.testing.assert_close(found[0], found[1])

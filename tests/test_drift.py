@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from random_models import load_stock, make_model, random_tokens
+from safetensors.torch import load_file, save_file
 from small_model import TRAINED
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPTNeoXConfig, PreTrainedConfig
 
 from compress.data.calibration import TokenSet, load_calibration
 from compress.errors import NumericalError
+from compress.model.activations import Activations
 from compress.model.checkpoint import Checkpoint
 from compress.model.steps import carriers
 from compress.model.stream import LayerStream
@@ -59,6 +61,32 @@ def test_without_drift_nothing_is_corrected() -> None:
     gram.add(x)
     hessian = gram.total()
     assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5), weight)
+
+
+def test_sums_hold_the_weights_that_float16_allows_and_take_tokens_in_a_row() -> None:
+    x = torch.randn(1, 2048, 32, generator=torch.Generator().manual_seed(4)).half()
+    x0, weight = x.clone(), torch.full((1, 2048), 0.01)
+    x0[0, 0] += 40
+    weight[0, 0] = 2000  # as of a token that all others look at
+    drift, row = Drift(), Drift()
+    drift.add(x, x0, weight, None)
+    row.add(x[0], x0[0], weight, None)
+    expected = (weight[0, :, None] * (x0 - x)[0].double()).t() @ x[0].double()
+    assert torch.allclose(drift.total().double(), expected, rtol=0.01)
+    assert torch.equal(row.total(), drift.total())
+
+
+def test_inputs_that_are_all_zero_correct_nothing() -> None:
+    drift, weight, zeros = Drift(), torch.ones(5, 16), torch.zeros(2, 8, 16)
+    drift.add(zeros, zeros, None, None)
+    assert torch.equal(drift.correct(weight, torch.zeros(16, 16), 0.5), weight)
+
+
+def test_a_hessian_that_can_not_be_factored_is_not_taken_for_one_that_was() -> None:
+    drift = Drift()
+    drift.add(torch.ones(4, 16), torch.zeros(4, 16), None, None)
+    hessian = 100 * torch.ones(16, 16) - 99 * torch.eye(16)
+    assert drift.correct(torch.ones(5, 16), hessian, 0.5).isnan().all()
 
 
 @pytest.mark.parametrize("broken", ["inputs", "original"])
@@ -117,6 +145,21 @@ def test_linears_that_write_to_the_residual_stream_are_found(
         assert carriers(layer, run) == expected
 
 
+def test_a_linear_that_puts_out_zeros_writes_nothing(tmp_path: Path) -> None:
+    with torch.no_grad():
+        stream = LayerStream(Checkpoint(make_model(tmp_path / "model")), CPU, torch.bfloat16)
+        activations = stream.start(random_tokens(1, 12))
+        raw = stream.load_layer(0)
+        raw["model.layers.0.self_attn.q_proj.weight"].zero_()
+        layer = stream.fill_layer(0, raw)
+
+        def run() -> torch.Tensor:
+            stream.run_layer(0, activations)
+            return activations.get(0)
+
+        assert carriers(layer, run) == {"self_attn.o_proj", "mlp.down_proj"}
+
+
 def test_a_trained_model_is_closer_to_its_original_with_the_correction(tmp_path: Path) -> None:
     """KL in stock transformers, on other text than that of the calibration."""
     tokenizer = AutoTokenizer.from_pretrained(TRAINED)
@@ -136,3 +179,47 @@ def test_a_trained_model_is_closer_to_its_original_with_the_correction(tmp_path:
             p, q = (m(held_out, use_cache=False).logits.log_softmax(-1) for m in (base, found))
         kl[share] = float((p.exp() * (p - q)).sum(-1).mean())
     assert kl[0.5] < 0.97 * kl[0.0]
+
+
+@pytest.mark.parametrize("dead", ["self_attn.v_proj", "mlp.up_proj", "self_attn.q_proj"])
+def test_a_linear_of_zeros_stops_nothing(dead: str, tmp_path: Path) -> None:
+    """As pruned layers have; what comes behind it has inputs that are all zero."""
+    name, source = f"model.layers.1.{dead}.weight", make_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors[name].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    tokens = TokenSet(random_tokens(6, 24), "random", "random", None)
+    context = Context(CPU, torch.float32, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
+    quantize(QuantizeStage(kind="quantize", group_size=32), Checkpoint(source), tmp_path / "work", context)
+    found = load_stock(tmp_path / "work" / "checkpoint", torch.float32)
+    assert all(parameter.isfinite().all() for parameter in found.parameters())
+    assert not found(random_tokens(1, 8), use_cache=False).logits.isnan().any()
+    assert not found.get_submodule(f"model.layers.1.{dead}")(torch.randn(3, tensors[name].shape[1])).any()
+
+
+def test_states_in_host_memory_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's too. Numbers of 64 bits play those in host memory here, which no layer takes."""
+    source, written = make_model(tmp_path / "model"), []
+    tokens = TokenSet(random_tokens(6, 24), "random", "random", None)
+    context = Context(CPU, torch.bfloat16, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
+    usual = LayerStream.start
+
+    def start(stream: LayerStream, tokens: torch.Tensor) -> Activations:
+        started = usual(stream, tokens)
+        return in_host(started, [hidden.double() for hidden in started.hidden])
+
+    for where in ("device", "host"):
+        if where == "host":
+            monkeypatch.setattr(Activations, "get", lambda self, number: self.hidden[number].bfloat16())
+            monkeypatch.setattr(Activations, "put", lambda self, n, hidden: self.hidden[n].copy_(hidden))
+            monkeypatch.setattr(Activations, "copy", lambda self: in_host(self, [h.clone() for h in self.hidden]))
+            monkeypatch.setattr(
+                LayerStream, "start", lambda *a: in_host(s := usual(*a), [h.double() for h in s.hidden])
+            )
+        quantize(QuantizeStage(kind="quantize", group_size=32), Checkpoint(source), tmp_path / where, context)
+        written.append((tmp_path / where / "checkpoint" / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def in_host(activations: Activations, hidden: list[torch.Tensor]) -> Activations:
+    return Activations(hidden, activations.arguments, activations.device)

@@ -297,6 +297,8 @@ def test_memory_grows_with_the_text_and_covers_a_layer(small: Checkpoint) -> Non
     assert many - few >= 120 * 1024 * 64 * 2  # hidden states in 16 bits
     layer = sum(info.bytes for name, info in small.tensors.items() if ".layers.0." in name)
     assert few >= 2 * layer
+    alone = estimate(spec(drift_correction=0), matrices, small, 128, 1024).memory_bytes
+    assert many - alone >= 128 * 1024 * 64 * 2  # those of the original model
 
 
 def test_planning_never_imports_torch(small: Checkpoint) -> None:

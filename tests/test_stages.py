@@ -29,7 +29,7 @@ from compress.recipe import Override, QuantizeStage
 from compress.stages import quantize as quantize_module
 from compress.stages import solve as solve_module
 from compress.stages import verify
-from compress.stages.context import Context
+from compress.stages.context import Context, pick_device
 from compress.stages.quantize import PROBE, quantize
 
 CPU = torch.device("cpu")
@@ -315,6 +315,15 @@ def test_rtn_needs_no_calibration_and_states_no_output_error(models: Callable[..
     record = quantize(spec(method="rtn"), Checkpoint(models()), tmp_path, replace(context(), tokens=None))
     modules = [module for layer in record.layers for module in layer.modules]
     assert len(modules) == 14 and all(module.error is None and module.damp is None for module in modules)
+
+
+def test_the_gpu_that_was_named_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current one."""
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cpu") == CPU
+    assert made_current == [torch.device("cuda:1")]
 
 
 # ---- what goes wrong

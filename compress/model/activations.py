@@ -54,7 +54,3 @@ class Activations:
     def __iter__(self) -> Iterator[Tensor]:
         """The batches on the device, one at a time."""
         return map(self.get, range(len(self.hidden)))
-
-    def to_host(self) -> None:
-        """Move the batches out of the device's memory."""
-        self.hidden = [batch.cpu().pin_memory() for batch in self.hidden]

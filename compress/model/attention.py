@@ -53,15 +53,15 @@ def _attention(
     at_once = max(1, _BYTES_AT_ONCE // (heads * rows.numel() * length * 2))
     for start in range(0, batch, at_once):
         part = slice(start, start + at_once)
-        queries = query[part][:, :, rows].view(-1, kv_heads, heads // kv_heads * rows.numel(), width)
-        scores = (queries @ key[part].transpose(2, 3)).view(-1, heads, rows.numel(), length).mul_(scale)
+        queries = (query[part][:, :, rows] * scale).view(-1, kv_heads, heads // kv_heads * rows.numel(), width)
+        scores = (queries @ key[part].transpose(2, 3)).view(-1, heads, rows.numel(), length)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
         else:
             assert attention_mask is not None
-            mask = attention_mask[part, :, rows, :length]
+            mask = attention_mask.expand(batch, -1, -1, -1)[part, :, rows, :length]
             scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
         norms = torch.linalg.vector_norm(scores.softmax(-1), dim=2, dtype=torch.float32)  # [B, H, S]
         squares = norms.square()

@@ -30,9 +30,8 @@ from compress.model.activations import Activations
 from compress.model.kv_cache import Change, attention_modules, pass_through
 from compress.model.skeleton import assign, check_present, set_tensor, skeleton
 from compress.model.stand_in import Reached, StandIn, by_layers
-from compress.model.steps import Group, Passes, PathsDiffer, Step, again, in_step, linear_groups
+from compress.model.steps import Group, Groups, Passes, PathsDiffer, Step, again, in_step, linear_groups
 
-_STATES_INSIDE = 4  # hidden states that a layer's forward holds on to while a linear runs
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
 Kind = tuple[tuple[str, torch.Size], ...]
@@ -100,7 +99,7 @@ class LayerStream:
             pass_through(module, name, self.caches)
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._groups: dict[Kind, list[Group]] = {}
+        self._groups: dict[Kind, Groups] = {}
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._inside = 0  # of how many `outer()`
 
@@ -138,17 +137,16 @@ class LayerStream:
                 seen = [stand_in.seen for stand_in in stand_ins]
                 if any(s is None for s in seen):
                     raise ModelError(f"{type(self.model).__name__}: its forward pass skips decoder layers")
-                hidden.append(seen[0][0])  # type: ignore[index]
-                if hidden[-1].shape[:2] != part.shape:
+                state: Tensor = seen[0][0]  # type: ignore[index]
+                if state.shape[:2] != part.shape:
                     raise ModelError(
                         f"model_type {self.model.config.model_type!r} is not supported: its layers get a hidden state "
-                        f"of shape {list(hidden[-1].shape)} for tokens of shape {list(part.shape)}"
+                        f"of shape {list(state.shape)} for tokens of shape {list(part.shape)}"
                     )
+                fits = 2 * tokens.numel() * state.shape[2] * state.element_size() <= self.room
+                hidden.append(state if fits or self.device.type == "cpu" else state.cpu().pin_memory())
                 arguments.setdefault((part.shape[0], part.shape[1]), [s[1] for s in seen if s is not None])
-        activations = Activations(hidden, arguments, self.device)
-        if 2 * sum(each.nbytes for each in hidden) > self.room and self.device.type == "cuda":
-            activations.to_host()
-        return activations
+        return Activations(hidden, arguments, self.device)
 
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Tensors of a layer as stored, on the device; starts reading the next layer."""
@@ -197,11 +195,14 @@ class LayerStream:
 
         Layers with the same linears are taken to call them alike.
         """
+        return self._grouped(index, activations).names
+
+    def _grouped(self, index: int, activations: Activations) -> Groups:
         kind = self.kind(index)
         if kind not in self._groups:
             layer, run = self.rehearsal(index, activations)
             with by_layers(self.model):
-                self._groups[kind] = linear_groups(layer, run)
+                self._groups[kind] = linear_groups(layer, run, activations.hidden[0][..., 0].numel())
         return self._groups[kind]
 
     def kind(self, index: int) -> Kind:
@@ -245,10 +246,10 @@ class LayerStream:
             finite[number] = all_finite(out)
             activations.put(number, out)
 
-        groups = self.groups(index, activations) if groups is None else groups
-        run = in_step if groups and self._keeps_batches(index, groups, activations) else again
+        found = self._grouped(index, activations) if groups is None else Groups(groups, 0)
+        run = in_step if found.names and self._keeps_batches(found, activations) else again
         try:
-            yield from run(layer, groups, work, len(activations.hidden))
+            yield from run(layer, found.names, work, len(activations.hidden))
         except PathsDiffer as error:
             raise ModelError(
                 f"batches take different paths through {self.prefix(index)[:-1]}; it is no dense layer"
@@ -259,11 +260,10 @@ class LayerStream:
                 "the weights may be damaged, or the dtype's range too small"
             )
 
-    def _keeps_batches(self, index: int, groups: Sequence[Group], activations: Activations) -> bool:
-        """Whether there is room for all batches inside a layer: a linear's input, and a few hidden states beside it."""
-        widest: int = max(self.layers[index].get_parameter(f"{group[0]}.weight").shape[1] for group in groups)
-        needed = activations.tokens * (widest + _STATES_INSIDE * activations.hidden[0].shape[2]) * self.dtype.itemsize
-        return needed <= self.room
+    def _keeps_batches(self, groups: Groups, activations: Activations) -> bool:
+        """Whether there is room for all batches inside a layer, with the hidden states that it came with."""
+        hidden: int = activations.hidden[0].shape[2] * self.dtype.itemsize
+        return activations.tokens * (hidden + groups.held) <= self.room
 
     def head_inputs(self, hidden: Tensor) -> Tensor:
         """What the output head gets for the last layer's `hidden` [B, S, D]."""

@@ -45,13 +45,16 @@ class Drift:
             missing = missing @ self._writer.t().to(missing.dtype)
             if residual is not None:
                 missing += residual[1] - residual[0]
-        if weight is not None:
-            missing *= weight[..., None].to(missing.dtype)
-        self._total = _add_product(self._total, missing.flatten(0, -2), inputs.flatten(0, -2))
+        root_N1 = None if weight is None else weight.reshape(-1, 1).sqrt().to(inputs.dtype)
+        self._total = _add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
 
     def total(self) -> Tensor | None:
         """What was added up, to be summed in place over parts of the calibration."""
         return self._total
+
+    def clear(self) -> None:
+        """Give the sums' memory back; nothing is corrected afterwards."""
+        self._total = None
 
     def correct(self, weight: Tensor, hessian: Tensor, share: float, rows: Tensor | slice = slice(None)) -> Tensor:
         """The weights to quantize.
@@ -69,9 +72,9 @@ class Drift:
             return weight
         wanted = weight @ self._total if self._writer is None else self._total[rows]
         damped = hessian.clone()
-        damped.diagonal().add_(_DAMP * hessian.diagonal().mean())
-        lower, _ = torch.linalg.cholesky_ex(damped)  # looking at whether it failed would wait for the device
-        return weight + share * torch.cholesky_solve(wanted.t(), lower).t()
+        damped.diagonal().add_((_DAMP * hessian.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
+        lower, failed = torch.linalg.cholesky_ex(damped)  # asking here whether it failed would wait for the device
+        return torch.where(failed == 0, weight + share * torch.cholesky_solve(wanted.t(), lower).t(), torch.nan)
 
 
 def _add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Tensor:
@@ -81,3 +84,9 @@ def _add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Ten
     if left_NA.is_cuda and left_NA.dtype in (torch.bfloat16, torch.float16):
         return torch.addmm(total, left_NA.t(), right_NB, out_dtype=torch.float32, out=total)
     return total.addmm_(left_NA.float().t(), right_NB.float())
+
+
+def _weighed(batch: Tensor, root_N1: Tensor | None) -> Tensor:
+    """Rows times the roots of their weights, on both sides of a product: whole ones may be too much for float16."""
+    rows = batch.flatten(0, -2)
+    return rows if root_N1 is None else rows * root_N1

@@ -73,6 +73,8 @@ def pick_device(name: str, max_memory: int | None = None) -> torch.device:
     if max_memory is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory / total), device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches
     return device
 
 

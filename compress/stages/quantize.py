@@ -42,7 +42,7 @@ from compress.stages.fitness import check_calls, check_modules, check_weights
 from compress.stages.original import Original, Pair
 from compress.stages.solve import Solved, Solver
 
-CODE_VERSION = 4  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 5  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
@@ -324,7 +324,7 @@ class _Quantization:
         if self.parent.config.get("tie_word_embeddings") and f"{self.modules.embeddings}.weight" in raw:
             raw.pop(f"{self.modules.head}.weight", None)  # stored once
         with self.stream.outer():
-            logits = self.stream.logits(probe.hidden[0])[0]
+            logits = self.stream.logits(probe.get(0))[0]
         if distributed.rank() == 0:
             write_part(self.output / _OUTER, self._packed(raw, solved), {})
             write_part(self.output / PROBE, {"logits": logits.float().cpu()}, {})

@@ -112,17 +112,18 @@ class Solver:
         for name in weights:
             alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale
             by_grid.setdefault((self.grids[name], alone), []).append(name)
+        shares = {name: weight[distributed.rows(len(weight))] for name, weight in weights.items()}
+        targets = [torch.cat([shares[name] for name in names]).float() for names in by_grid.values()]
+        if drift is not None and hessian is not None:
+            own = distributed.rows(len(next(iter(weights.values()))))
+            targets = [drift.correct(target, hessian, self.correction, own) for target in targets]
+            drift.clear()
         solved: dict[str, Solved] = {}
-        for (grid, _), names in by_grid.items():
-            shares = {name: weights[name][distributed.rows(len(weights[name]))] for name in names}
-            target = torch.cat(list(shares.values())).float()
-            if drift is not None and hessian is not None:
-                own = distributed.rows(len(weights[names[0]]))
-                target = drift.correct(target, hessian, self.correction, own)
+        for ((grid, _), names), target in zip(by_grid.items(), targets, strict=True):
             found, loss, damp, fallback = self._quantize(target, hessian, grid, names)
             start = 0
-            for name, share in shares.items():
-                rows = slice(start, start + len(share))
+            for name in names:
+                rows = slice(start, start + len(shares[name]))
                 start = rows.stop
                 part = Quantized(found.codes[rows], found.scale[rows], found.zero[rows], grid)
                 squares = measure(target[rows], part, hessian, None if loss is None else loss[rows], damp)
