@@ -27,8 +27,10 @@ def static_rounding(
         return InputRounding(float8, reaches / span)(values)
 
     span = InputRounding(float8).span
-    scale = (reach(batches, observer, rounded) / span).to(scale_dtype).float()
-    return InputRounding(float8, scale) if bool(scale > 0) else None
+    largest, stored = reach(batches, observer, rounded), torch.finfo(scale_dtype)
+    if not bool(largest > 0):
+        return None
+    return InputRounding(float8, (largest / span).clamp(min=stored.tiny * stored.eps).to(scale_dtype).float())
 
 
 class Sample:

@@ -85,9 +85,9 @@ class CacheScales:
         magnitudes = states.abs()
         return magnitudes.amax((0, 2, 3))[:, None, None] if self.per_head else magnitudes.amax().view(1)
 
-    def tensors(self, linear: str) -> dict[str, Tensor]:
-        """k_scale and v_scale, [1] or [K, 1, 1], of the layer that a linear belongs to, by full name."""
-        name = next(name for name in self.names if _layer(name) == _layer(linear))
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """k_scale and v_scale, [1] or [K, 1, 1], of a layer, by full name."""
+        name = self.names[index]
         found = self.stream.caches[name]
         assert isinstance(found, CacheRounding)
         scales = {"k_scale": found.keys.scale, "v_scale": found.values.scale}
@@ -99,9 +99,3 @@ class CacheScales:
             if f"{name}.k_scale" in tensors:
                 keys, values = (InputRounding(True, tensors[f"{name}.{part}_scale"].float()) for part in "kv")
                 self.stream.caches[name] = CacheRounding(keys, values)
-
-
-def _layer(name: str) -> str:
-    """A module's name up to its layer's number."""
-    parts = name.split(".")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdecimal()) + 1])

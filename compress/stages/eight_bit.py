@@ -4,6 +4,7 @@ The layer loop goes on with rounded inputs, so that every later matrix is calibr
 computes. Linears that share an input share the decision too: runtimes fuse them.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,7 +103,7 @@ class InputScales:
         choices = {"dynamic": self._dynamic(names[0])}
         wanted = {name: self.matrices[name].inputs or "dynamic" for name in names}
         if set(wanted.values()) != {"dynamic"}:
-            choices["static"] = self._static(names, batches)
+            choices |= self._static(names, batches, needed="static" in wanted.values())
         chosen = [name for name in names if wanted[name] == "auto"]
         if chosen:
             best = self._choose({n: weights[f"{n}.weight"] for n in chosen}, choices)
@@ -130,18 +131,18 @@ class InputScales:
         blocks = grid.rows > 1
         return InputRounding(self._float8, group_size=grid.group_size if blocks else -1, asymmetric=grid.bits == 4)
 
-    def _static(self, names: Sequence[str], batches: Iterable[Tensor]) -> InputRounding:
+    def _static(self, names: Sequence[str], batches: Iterable[Tensor], needed: bool) -> dict[str, InputRounding]:
         where = ", ".join(names)
         try:
             found = static_rounding(batches, self.spec.observer, self._float8, self.grids[names[0]].scale_dtype)
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from None
-        if found is None:
+        if found is None and needed:
             raise CalibrationError(
                 f"{where}: all inputs are zero on the calibration text, which gives no scale; "
                 "add it to ignore, use method: dynamic for it, or calibrate on other text"
             )
-        return found
+        return {} if found is None else {"static": found}
 
     def _choose(self, weights: Mapping[str, Tensor], choices: Mapping[str, InputRounding]) -> str:
         """Static where it raises the mean output error by no more than the budget, with weights rounded to nearest."""
@@ -153,8 +154,8 @@ class InputScales:
         found = {method: output_error(self._sample, weights, stored, each) for method, each in choices.items()}
         for name in weights:
             self.errors[name] = {method: errors[name] for method, errors in found.items()}
-        static, dynamic = (sum(found[method].values()) for method in ("static", "dynamic"))
-        return "static" if static <= (1 + self.spec.budget) * dynamic else "dynamic"
+        costs = {method: sum(errors.values()) for method, errors in found.items()}
+        return "static" if costs.get("static", math.inf) <= (1 + self.spec.budget) * costs["dynamic"] else "dynamic"
 
     def described(self, solved: Mapping[str, Solved], weights: Mapping[str, Tensor]) -> dict[str, Solved]:
         """The linears that were decided last, with errors that count the rounding of their inputs too."""
@@ -173,13 +174,15 @@ class InputScales:
             more["smooth"] = self._smoothing.alphas.get(name)
         return module.model_copy(update=more | {"errors": self.errors.get(name, {})})
 
-    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Static scales of these linears, [1] each, and of their layer's cache, by full name, as they are stored."""
-        scales = {} if self._cache is None else self._cache.tensors(next(iter(names)))
+    def tensors(self, index: int, names: Collection[str]) -> dict[str, Tensor]:
+        """Static scales of these linears, [1] each, and of layer `index`'s cache, by full name, as they are stored."""
+        scales = {} if self._cache is None else self._cache.tensors(index)
         for name in names:
             scale = self.rounding[name].scale
             if scale is not None:
-                scales[f"{name}.input_scale"] = scale.to(self.grids[name].scale_dtype).view(1)
+                scales[f"{name}.input_scale"] = (
+                    scale.to(self.grids[name].scale_dtype).view(1).clone()
+                )  # shared by a group
         return scales
 
     def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:

@@ -277,7 +277,7 @@ class _Quantization:
         else:
             stream.run_layer(index, activations, lambda group, x: visit(group, Passes(partial(map, _alone, x))))
         modules = [each.module for each in solved.values()]  # in the order in which they are used
-        tensors = self._packed(raw, solved) | ({} if self.inputs is None else self.inputs.tensors(solved))
+        tensors = self._packed(raw, solved) | ({} if self.inputs is None else self.inputs.tensors(index, solved))
         return tensors, schema.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
 
     def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
@@ -340,10 +340,10 @@ class _Quantization:
         for file in self.parent.folder.iterdir():
             if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
                 shutil.copyfile(file, folder / file.name)
-        unquantized = [name for name in self.modules.linears if name not in self.matrices]
-        unquantized += [self.stream.head] if self.modules.head not in self.matrices else []
         config: dict[str, Any] = dict(self.parent.config)
         grids = {self.stream.module_name(name): grid for name, grid in self.grids.items()}
+        linears = [name for name, module in self.stream.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        unquantized = [name for name in linears if name not in grids]
         config["quantization_config"] = self.format.config(
             grids,
             unquantized,

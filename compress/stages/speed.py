@@ -15,6 +15,7 @@ from compress.evaluate.stock import Request, Timing, ask
 from compress.export.dense import DenseView
 from compress.machine import processor
 from compress.memory import available
+from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.plan import parameter_count
 from compress.report.schema import Pace, Speed
@@ -90,7 +91,7 @@ def measure(
 
 def _timing(base: Checkpoint) -> Timing:
     """Fewer tokens where the model has fewer positions."""
-    positions = base.config.get("max_position_embeddings") or _PROMPT_TOKENS + _NEW_TOKENS
+    positions = positions_of(base.config) or _PROMPT_TOKENS + _NEW_TOKENS
     new = min(_NEW_TOKENS, max(1, positions // 8))
     return Timing(max(1, min(_PROMPT_TOKENS, positions - new)), new, torch.get_num_threads())
 
