@@ -288,8 +288,12 @@ def _await(store: "Store", key: str) -> None:
 @contextmanager
 def _together() -> Iterator[None]:
     """Turn what torch says of a lost process into one line."""
+    import torch
+
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PeerError(

@@ -32,15 +32,16 @@ class PeakMemory:
             import torch
 
             gpu = int(torch.cuda.max_memory_allocated(self.device))
-        return _resident("VmHWM:"), gpu
+        return _status("VmHWM:"), gpu
 
 
 def resident() -> tuple[int, int]:
     """Bytes of this process that are resident now, and at most so far (both times that, if this is not Linux)."""
-    return _resident("VmRSS:"), _resident("VmHWM:")
+    return _status("VmRSS:"), _status("VmHWM:")
 
 
-def _resident(field: str) -> int:
+def _status(field: str) -> int:
+    """Bytes that Linux states of this process; elsewhere the most that was resident."""
     with suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith(field):
@@ -68,10 +69,11 @@ def _free(device: "torch.device") -> int:
     with suppress(OSError, ValueError):  # a container's limit (cgroup v2)
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):  # as `ulimit -v` and `-d` set them
+    for kind, used in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):  # `ulimit -v` and `-d`
         allowed = resource.getrlimit(kind)[0]
-        free = free if allowed == resource.RLIM_INFINITY else min(free, allowed)
-    return free
+        if allowed != resource.RLIM_INFINITY:
+            free = min(free, allowed - _status(used))
+    return max(0, free)
 
 
 def physical() -> int:

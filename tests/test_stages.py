@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -324,6 +326,20 @@ def test_the_gpu_that_was_named_is_the_current_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cpu") == CPU
     assert made_current == [torch.device("cuda:1")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_limit_of_the_shell_leaves_is_what_is_available() -> None:
+    """As `ulimit -d` sets it, of which this process has used some already."""
+    code = """
+import resource, torch
+from compress.memory import _status, available
+held = bytearray(2**27)
+allowed = _status("VmData:") + 2**28
+resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+assert 2**27 < available(torch.device("cpu")) <= 2**28
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- what goes wrong

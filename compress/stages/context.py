@@ -38,10 +38,10 @@ class Context:
     max_memory: int | None = None
 
     def room(self, layer_bytes: int, widest: int, hidden: int) -> float:
-        """Bytes left for activations beside a layer (and the next one), its largest Hessian's solution and one batch.
+        """Bytes left for activations beside the weights, the largest Hessian's solution and one batch.
 
         Args:
-            layer_bytes: of a layer's weights.
+            layer_bytes: of a layer's weights, as often as they are held, and of the next layer's.
             widest: most inputs of a linear.
             hidden: width of the hidden states.
         """
@@ -49,7 +49,7 @@ class Context:
         free = available(self.device, self.max_memory)
         if self.device.type == "cpu":
             free //= distributed.here()  # the processes on one machine share its memory
-        return free - 3 * layer_bytes - 20 * widest**2 - batch
+        return free - layer_bytes - 20 * widest**2 - batch
 
 
 def pick_device(name: str, max_memory: int | None = None) -> torch.device:

@@ -89,20 +89,22 @@ class _Quantization:
         if problems:
             raise RecipeError([f"stages: {problem}" for problem in problems])
         self.solver = Solver(spec, self.grids)
-        room = self._room() / (2 if self.solver.correction else 1)
-        self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, room)
+        models = 2 if self.solver.correction else 1
+        self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, self._room(models))
         self.original: Original | None = None
         self.inputs: InputScales | None = None
         if isinstance(spec, EightBitStage):
             self.inputs = InputScales(spec, self.matrices, self.grids, self.stream, self.format.rounds_inputs)
         self.resumed = 0
 
-    def _room(self) -> float:
-        """Bytes that activations may take."""
+    def _room(self, models: int) -> float:
+        """Bytes that the activations of each of so many models may take."""
         inside = {name: info for name, info in self.parent.tensors.items() if name.startswith(self.modules.layers)}
         layers = {name.removeprefix(self.modules.layers).split(".")[1] for name in inside}
         widths = [shape[1] for shape in self.modules.linears.values()]
-        return self.context.room(sum(info.bytes for info in inside.values()) // len(layers), max(widths), min(widths))
+        stored = sum(info.bytes for info in inside.values()) // len(layers)
+        filled = models * stored * self.context.dtype.itemsize // self.stored.itemsize
+        return self.context.room(2 * stored + filled, max(widths), min(widths)) / models
 
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]
