@@ -160,13 +160,13 @@ def validate(
     from compress.cautions import cautions
 
     loaded = _load(recipe, overrides, model, output)
-    folder = Path(loaded.model)
+    folder, base = Path(loaded.model), None
     if folder.is_dir():
         from compress.plan import open_model
 
-        open_model(folder, loaded)
+        base = open_model(folder, loaded)
     reporter = _reporter(False, False)
-    for line in cautions(loaded):
+    for line in cautions(loaded, base):
         reporter.warn(line)
     print(f"{recipe}: valid")
 

@@ -20,7 +20,7 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     output = Path(recipe.output)
     check_output(output)
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
-    for line in cautions(recipe):
+    for line in cautions(recipe, base):
         reporter.warn(line)
     text = calibration_of(recipe)
     lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {_size(base.bytes)}"]

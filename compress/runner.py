@@ -123,7 +123,7 @@ class _Run:
         recipe = self.recipe
         self._check_divisible()
         base = open_model(self._model(), recipe)
-        for line in cautions(recipe):
+        for line in cautions(recipe, base):
             self.reporter.warn(line)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)

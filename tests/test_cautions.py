@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import invoke
 from desk import TEXT
-from small_model import write_model
+from small_model import random_weights, write_model
 
 from compress.cautions import cautions
+from compress.plan import open_model
 from compress.recipe_yaml import load_recipe
 
 FLATTERED = "are the same text"
@@ -46,6 +48,12 @@ def written(folder: Path, calibration: Any, evaluate: Any, **stage: Any) -> Path
 
 def found(folder: Path, calibration: Any, evaluate: Any, **stage: Any) -> list[str]:
     return cautions(load_recipe(str(written(folder, calibration, evaluate, **stage))))
+
+
+def found_in_model(folder: Path, **stage: Any) -> list[str]:
+    text = {"source": "text.txt", "samples": 2, "sequence_length": 32}
+    recipe = load_recipe(str(written(folder, text, False, **stage)))
+    return cautions(recipe, open_model(folder / "model", recipe))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +95,38 @@ def test_a_quantized_head_in_the_gptq_format(folder: Path) -> None:
     assert line.startswith("stages.0.lm_head: ") and HEAD in line and "GPTQModel" in line and "optimum" in line
     assert found(folder, "general_en", False, format="gptq") == []
     assert found(folder, "general_en", False, lm_head=True) == []
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_linears_that_vllm_joins_in_two_schemes(folder: Path, format: str) -> None:
+    (line,) = found_in_model(folder, format=format, overrides={"*.v_proj": {"bits": 8}}, group_size=32)
+    assert line.startswith("stages.0: model.layers.*.self_attn: q_proj and k_proj and v_proj are quantized differently")
+    assert "vLLM" in line and "transformers" in line
+    (line,) = found_in_model(folder, format=format, ignore=["lm_head", "*.1.mlp.up_proj"], group_size=32)
+    assert line.startswith("stages.0: model.layers.*.mlp: gate_proj and up_proj are")
+
+
+def test_linears_that_nobody_joins_may_differ(folder: Path) -> None:
+    overrides = {"*.down_proj": {"bits": 8}, "*.o_proj": {"bits": 3}}
+    assert found_in_model(folder, overrides=overrides, group_size=32) == []
+    assert found_in_model(folder, ignore=["lm_head", "model.layers.0.*"], group_size=32) == []
+
+
+def test_torchao_checkpoints_are_not_for_vllm_anyway(folder: Path) -> None:
+    pytest.importorskip("torchao")
+    mixed = {"method": "dynamic", "bits": 4, "format": "torchao", "group_size": 32}
+    assert found_in_model(folder, **mixed, ignore=["*.v_proj"]) == []
+
+
+@pytest.mark.parametrize(("rows", "said"), [(192, 2), (256, 0)])
+def test_joined_rows_that_fill_no_block(folder: Path, rows: int, said: int) -> None:
+    weights = {name: np.resize(values, (rows, 128)[: values.ndim]) for name, values in random_weights().items()}
+    shutil.rmtree(folder / "model")
+    write_model(folder / "model", weights)
+    lines = found_in_model(folder, method="dynamic", dtype="fp8", granularity="block")
+    joined = ["model.layers.*.mlp: gate_proj and up_proj", "model.layers.*.self_attn: q_proj and k_proj and v_proj"]
+    assert [line.partition(" ")[2].partition(" have")[0] for line in lines] == joined[:said]
+    assert all("granularity: channel" in line for line in lines)
 
 
 def test_validate_run_and_report_say_it(folder: Path) -> None:
