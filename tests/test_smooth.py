@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import make_model, random_tokens
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress import stages
 from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError, RecipeError
 from compress.model.checkpoint import Checkpoint
@@ -91,7 +93,7 @@ def first_layer(folder: Path, dtype: torch.dtype) -> Opened:
 def test_folds_are_found_and_exact_in_float64(family: str, stored: torch.dtype, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", family, dtype=stored, **CONFIGS[family])
     stream, run, tensors, groups = first_layer(folder, torch.float32)
-    folds = find_folds(stream.layers[0], groups, run, 16)
+    folds = {k: fold for k, fold in find_folds(stream.layers[0], groups, run, 16, {}).items() if fold}
     assert {fold.group: fold.producer for fold in folds.values()} == FOLDS.get(family, LLAMA)
     stream, run, _, _ = first_layer(folder, torch.float64)
     before, folded = run(), dict(tensors)
@@ -139,6 +141,123 @@ def test_what_stays_in_16_bits_is_not_rounded(bias: bool) -> None:
         assert torch.equal(tensors[name].float(), before[name].float() * factor)
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.sampled_from([0.0, 1.0, None]),
+    st.booleans(),
+    st.sampled_from([(), ("a",), ("a", "b"), ("before", "a", "b")]),
+    st.floats(0, 12),
+)
+@settings(deadline=None, max_examples=150)
+def test_products_through_a_fold_stay_what_they_were(
+    seed: int, dtype: torch.dtype, offset: float | None, bias: bool, quantized: tuple[str, ...], spread: float
+) -> None:
+    """gain * column and bias * column, in float64; exactly where numbers are stored in 16 bits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(2).exp()
+        return values.masked_fill_(torch.rand(shape, generator=generator) < 0.1, 0.0).to(dtype)
+
+    tensors = {"a.weight": random(3, 16), "b.weight": random(5, 16)}
+    tensors["before.weight"] = random(16, 4) if offset is None else random(16)
+    if bias:
+        tensors["before.bias"] = random(16)
+    before = dict(tensors)
+    scale = (torch.randn(16, generator=generator) * spread).exp2()
+    apply_fold(tensors, Fold(("a", "b"), "before", offset), scale, lambda name: name in quantized)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+    def products(values: dict[str, Tensor]) -> list[Tensor]:
+        gain = values["before.weight"].double() + (offset or 0.0)
+        vectors = [
+            *(gain.unbind(1) if gain.dim() == 2 else [gain]),
+            *([values["before.bias"].double()] if bias else []),
+        ]
+        return [vector * values[f"{name}.weight"].double() for vector in vectors for name in "ab"]
+
+    in_16_bits = bias or not {"a", "b", *(["before"] if offset is None else [])} <= set(quantized)
+    for was, now in zip(products(before), products(tensors), strict=True):
+        torch.testing.assert_close(now, was, rtol=0 if in_16_bits else 1e-6, atol=0)
+
+
+def test_folds_are_found_in_float16(tmp_path: Path) -> None:
+    """Whose smallest numbers lose digits when they are halved."""
+    folder = make_model(tmp_path / "model", dtype=torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(2):
+        tensors[f"model.layers.{index}.mlp.up_proj.weight"] *= 2e-5
+        tensors[f"model.layers.{index}.mlp.down_proj.weight"] *= 1e4
+        tensors[f"model.layers.{index}.input_layernorm.weight"] *= 1e-6
+        for part in "qkv":
+            tensors[f"model.layers.{index}.self_attn.{part}_proj.weight"] *= 1e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    record = quantize(stage("dynamic"), Checkpoint(folder), tmp_path / "work", context(torch.float16))
+    assert [[module.smooth for module in layer.modules] for layer in record.layers] == [[0.5] * 7] * 2
+
+
+def test_what_was_found_before_only_saves_time(tmp_path: Path) -> None:
+    stream, run, _, groups = first_layer(make_model(tmp_path / "model"), torch.bfloat16)
+    found = find_folds(stream.layers[0], groups, run, 16, {})
+    for likely in (QKV[0], "mlp.gate_proj", "input_layernorm", "no.such.linear"):
+        assert find_folds(stream.layers[0], groups, run, 16, dict.fromkeys(found, likely)) == found
+
+
+def test_inputs_that_don_t_matter_have_no_fold(tmp_path: Path) -> None:
+    """Any producer would seem to hold for them."""
+    stream, run, tensors, groups = first_layer(make_model(tmp_path / "model"), torch.bfloat16)
+    stream.fill_layer(0, {"model.layers.0.mlp.up_proj.weight": torch.zeros_like(tensors["mlp.up_proj.weight"])})
+    found = find_folds(stream.layers[0], groups, run, 16, {})
+    assert {first for first, fold in found.items() if fold is None} == {"mlp.gate_proj", "mlp.down_proj"}
+
+
+HYBRIDS: dict[str, tuple[dict[str, Any], list[str], list[list[str]]]] = {
+    "recurrent_gemma": (
+        {"lru_width": 64, "attention_window_size": 16, "num_hidden_layers": 3}, [],
+        [*[["linear_y", "linear_x", "gate", "up", "down"]] * 2, ["q", "k", "v", "o", "gate", "up", "down"]],
+    ),
+    "lfm2": (
+        {"layer_types": ["full_attention", "conv"], "block_multiple_of": 32}, [],
+        [["q", "k", "v", "out", "w1", "w3", "w2"], ["in", "w1", "w3", "w2"]],
+    ),
+    "falcon_h1": (
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}, ["*.mamba.*"],
+        [["o", "up", "gate", "down"]] * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_layers_of_several_kinds(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has folds of its own, also where a stopped run goes on from another kind."""
+    config, ignore, smoothed = HYBRIDS[family]
+    source = Checkpoint(make_model(tmp_path / "model", family, **config))
+    spec = stage("dynamic", ignore=ignore)
+    record = quantize(spec, source, tmp_path / "whole", context())
+    found = [[m.name for m in layer.modules if m.smooth is not None] for layer in record.layers]
+    assert [[n.rpartition(".")[2].removesuffix("_proj") for n in names] for names in found] == smoothed
+    usual, last = stages.quantize.write_part, f"layer-{len(smoothed) - 2:05d}.safetensors"
+
+    def stop(file: Path, *arguments: Any) -> None:
+        usual(file, *arguments)
+        if file.name == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stages.quantize, "write_part", stop)
+        quantize(spec, source, tmp_path / "stopped", context())
+    assert quantize(spec, source, tmp_path / "stopped", context()).resumed_layers == len(smoothed) - 1
+    file = "checkpoint/model.safetensors"
+    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_family_without_attention_heads_is_refused_by_its_inputs(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "rwkv", attention_hidden_size=64, context_length=128)
+    with pytest.raises(RecipeError, match=r"^smooth: rwkv\.blocks\.0\.attention\.key can't be smoothed"):
+        quantize(stage("dynamic"), Checkpoint(folder), tmp_path / "work", context())
+
+
 def test_a_residual_branch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose residual takes the norm's output, as BLOOM's may."""
     from transformers.models.llama import modeling_llama
@@ -165,13 +284,13 @@ def test_inputs_that_come_from_no_norm_are_refused(tmp_path: Path) -> None:
         quantize(stage(), Checkpoint(folder), tmp_path / "work", context())
 
 
-def stage() -> EightBitStage:
-    return EightBitStage(kind="quantize", method="static", smooth=0.5)
+def stage(method: Any = "static", **settings: Any) -> EightBitStage:
+    return EightBitStage(kind="quantize", method=method, smooth=0.5, **settings)
 
 
-def context() -> Context:
+def context(dtype: torch.dtype = torch.bfloat16) -> Context:
     tokens = TokenSet(random_tokens(4, 24, 1), "random", "random", None)
-    return Context(CPU, torch.bfloat16, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
+    return Context(CPU, dtype, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
 
 
 def test_smoothing_scale_is_the_papers() -> None:
@@ -180,6 +299,19 @@ def test_smoothing_scale_is_the_papers() -> None:
     plain = (x / w).sqrt()
     assert torch.allclose(scale / scale[0], plain / plain[0]) and float(scale.log().mean().abs()) < 1e-6
     assert torch.allclose(smoothing_scale(x, w, 0.0), torch.ones(3))  # equal weights: nothing to move
+
+
+def test_channels_that_are_silent_in_calibration_are_not_blown_up() -> None:
+    """What they may say later has to fit beside the others."""
+    generator = torch.Generator().manual_seed(1)
+    x, w = torch.randn(1, 512, 96, generator=generator), torch.randn(64, 96, generator=generator)
+    for silent in (0.0, 1e-6):
+        x[..., :8] *= silent
+        start = smoothing_scale(x.abs().amax((0, 1)), w.abs().amax(0), 0.5)
+        refined = refine(start, x, [w], lambda scale: scale, lambda slope: slope)
+        for scale in (start, refined):
+            assert float(scale[:8].min() / scale[8:].median()) > 0.05
+    assert bool((smoothing_scale(torch.zeros(4), torch.ones(4), 0.5) == 1).all())
 
 
 def rounded_rows(matrix: Tensor) -> Tensor:

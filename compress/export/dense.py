@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import ModelError
 from compress.export import compressed_tensors, eight_bit, gptq, torchao
 from compress.extras import torchao_problem
-from compress.quant.grid import CacheRounding, Grid, InputRounding
+from compress.quant.grid import CacheRounding, Grid, InputRounding, dynamic_rounding
 
 _COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _EIGHT_BIT = ("weight", "weight_scale", "input_scale")
@@ -88,7 +88,7 @@ class DenseView:
         self._find_rounding(config if reader == "eight-bit" else {})
         self.rounds_inputs = method == "torchao"
         if self.rounds_inputs:
-            self.inputs |= {module: torchao.input_rounding(grid) for module, grid in self.grids.items()}
+            self.inputs |= {module: dynamic_rounding(grid) for module, grid in self.grids.items()}
 
     def _torchao(self, config: Mapping[str, Any]) -> str:
         problem = torchao_problem()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.quant.grid import Grid, InputRounding, Quantized
+from compress.quant.grid import Grid, Quantized
 
 PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs lack it
@@ -50,11 +50,6 @@ def _wrap(tensors: Mapping[str, Tensor], grid: Grid, dtype: torch.dtype) -> Tens
         zero = tensors["_weight_zero_point"]
         made = IntxUnpackedToInt8Tensor(codes, scale, zero, _INT4, block, dtype, "int8_asym_per_token")
     return made
-
-
-def input_rounding(grid: Grid) -> InputRounding:
-    """How torchao rounds the inputs of a matrix on this grid (for 8 bits, but for the dtype of their scales)."""
-    return InputRounding(False, asymmetric=grid.bits == 4)
 
 
 def pack(matrix: Quantized) -> dict[str, Tensor]:

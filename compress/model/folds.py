@@ -10,9 +10,11 @@ Dimensions: B batch, S sequence, I inputs of a linear, P channels of a producer.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from operator import ne
 from typing import Any
 
 import torch
@@ -57,25 +59,31 @@ class Fold:
         return values_I.view(-1, values_I.numel() // channels, self.head)
 
 
-def find_folds(layer: nn.Module, groups: Sequence[tuple[str, ...]], run: Run, head_dim: int) -> dict[str, Fold]:
-    """The folds that hold in a layer, by the first linear of their group.
+def find_folds(
+    layer: nn.Module, groups: Sequence[tuple[str, ...]], run: Run, head_dim: int | None, likely: Mapping[str, str]
+) -> dict[str, Fold | None]:
+    """The folds that hold in a layer, by the first linear of their group; None where no input of a group matters.
 
     Args:
-        layer: filled with weights.
+        layer: filled with weights, in a dtype whose range has room for twice and half of all that they compute.
         groups: linears that share an input, in call order.
         run: runs the layer on a few tokens and returns its output.
-        head_dim: channels of an attention head.
+        head_dim: channels of an attention head; None for a model without any.
+        likely: producers to try first, by the first linear of the group.
     """
     expected = run()
     producers = {name: module for name, module in layer.named_modules() if _channels(module)}
-    found: dict[str, Fold] = {}
+    found: dict[str, Fold | None] = {}
     for group in groups:
         first = layer.get_submodule(group[0])
         assert isinstance(first, nn.Linear)
         width = first.in_features
-        for name, module in producers.items():
-            fold = _candidate(group, name, module, width, head_dim)
-            if fold is not None and torch.equal(_tried(layer, fold, width, run), expected):
+        if torch.equal(_tried(layer, group, _powers(width), run), expected):
+            found[group[0]] = None
+            continue
+        for name in sorted(producers, key=partial(ne, likely.get(group[0]))):
+            fold = _candidate(group, name, producers[name], width, head_dim)
+            if fold is not None and _holds(layer, fold, width, run, expected):
                 found[group[0]] = fold
                 break
     return found
@@ -89,12 +97,12 @@ def _channels(module: nn.Module) -> int:
     return weight.shape[0] if isinstance(module, nn.Linear) or weight.dim() == 1 else 0
 
 
-def _candidate(group: tuple[str, ...], name: str, module: nn.Module, width: int, head_dim: int) -> Fold | None:
+def _candidate(group: tuple[str, ...], name: str, module: nn.Module, width: int, head_dim: int | None) -> Fold | None:
     channels = _channels(module)
     if name in group or width % channels:
         return None
     head = head_dim if channels < width else None
-    if head is not None and channels % head:
+    if channels < width and (head is None or channels % head):
         return None
     if isinstance(module, nn.Linear):
         return Fold(group, name, None, head)
@@ -121,23 +129,33 @@ def gain_offset(norm: nn.Module) -> float | None:
     return None
 
 
-def _tried(layer: nn.Module, fold: Fold, width: int, run: Run) -> Tensor:
-    """The layer's output with scales 1/2, 1 and 2 passed through a fold."""
+def _holds(layer: nn.Module, fold: Fold, width: int, run: Run, expected: Tensor) -> bool:
+    """Whether scales 1/2, 1 and 2 passed through a fold change nothing."""
     producer = layer.get_submodule(fold.producer)
-    assert isinstance(producer.weight, Tensor)
-    powers = torch.randint(-1, 2, (_channels(producer),), generator=torch.Generator().manual_seed(0)).float()
-    scale_P = torch.exp2(powers).to(producer.weight.device)
-    scale_I = fold.spread(scale_P, width)
+    scale_P = _powers(_channels(producer))
 
     def divide(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> Tensor:
-        return out / scale_P.to(out.dtype)
+        return out / scale_P.to(out)
+
+    handle = producer.register_forward_hook(divide)
+    try:
+        return torch.equal(_tried(layer, fold.group, fold.spread(scale_P, width), run), expected)
+    finally:
+        handle.remove()
+
+
+def _powers(count: int) -> Tensor:
+    return torch.exp2(torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(0)).float())
+
+
+def _tried(layer: nn.Module, group: tuple[str, ...], scale_I: Tensor, run: Run) -> Tensor:
+    """The layer's output with the inputs of a group multiplied."""
 
     def multiply(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * scale_I.to(inputs[0].dtype), *inputs[1:])
+        return (inputs[0] * scale_I.to(inputs[0]), *inputs[1:])
 
     with ExitStack() as hooks:
-        hooks.callback(producer.register_forward_hook(divide).remove)
-        for name in fold.group:
+        for name in group:
             hooks.callback(layer.get_submodule(name).register_forward_pre_hook(multiply).remove)
         return run()
 
@@ -146,7 +164,8 @@ def apply_fold(tensors: dict[str, Tensor], fold: Fold, scale_P: Tensor, quantize
     """Fold scales into a layer's weights, in place of those in `tensors`.
 
     The product of what is divided and multiplied is exact: a norm's gain is rounded to its dtype first, and the linears
-    get the ratio that it really has; where a bias or 16-bit weights would be rounded too, scales become powers of two.
+    get the ratio that it really has. Where a bias or 16-bit weights would be rounded too, scales become powers of two,
+    and a channel that even those would round stays as it is; so does one whose gain would become 0 or infinite.
 
     Args:
         tensors: of the layer, by local name; linears become float32 (unless they stay in 16 bits).
@@ -155,21 +174,38 @@ def apply_fold(tensors: dict[str, Tensor], fold: Fold, scale_P: Tensor, quantize
         quantized: whether a linear's weights are quantized afterwards.
     """
     weight, bias = tensors[f"{fold.producer}.weight"], tensors.get(f"{fold.producer}.bias")
-    linears = [*fold.group, *([fold.producer] if fold.offset is None else [])]
-    if bias is not None or not all(quantized(name) for name in linears):
+    kept = [tensors[f"{name}.weight"] for name in fold.group if not quantized(name)]
+    if bias is not None or kept or (fold.offset is None and not quantized(fold.producer)):
         scale_P = torch.exp2(scale_P.log2().round())
+        exact = torch.ones_like(scale_P, dtype=torch.bool)
+        if bias is not None:
+            exact &= _exact(bias.float() / scale_P, bias.dtype)
+        if fold.offset is not None:
+            exact &= _exact((weight.double() + fold.offset) / scale_P - fold.offset, weight.dtype)
+        elif not quantized(fold.producer):
+            exact &= _exact(weight.float() / scale_P[:, None], weight.dtype).all(1)
+        for columns in kept:
+            changed = _exact(columns.float() * fold.spread(scale_P, columns.shape[1]), columns.dtype).all(0)
+            exact &= fold.gather(~changed, scale_P.numel()) == 0
+        scale_P = torch.where(exact, scale_P, 1.0)
     if fold.offset is None:
         divided = weight.float() / scale_P[:, None]
         tensors[f"{fold.producer}.weight"] = divided if quantized(fold.producer) else divided.to(weight.dtype)
     else:
-        gain = weight.float() + fold.offset
+        gain = weight.double() + fold.offset
         stored = (gain / scale_P - fold.offset).to(weight.dtype)
-        tensors[f"{fold.producer}.weight"] = stored
-        real = stored.float() + fold.offset
-        scale_P = torch.where((real != 0) & (gain != 0), gain / real, scale_P)
+        real = stored.double() + fold.offset
+        usable = real.isfinite() & (real != 0)
+        tensors[f"{fold.producer}.weight"] = torch.where(usable, stored, weight)
+        scale_P = torch.where(usable, gain / real, 1.0).float()
     if bias is not None:
         tensors[f"{fold.producer}.bias"] = (bias.float() / scale_P).to(bias.dtype)
     for name in fold.group:
         columns = tensors[f"{name}.weight"]
         multiplied = columns.float() * fold.spread(scale_P, columns.shape[1])
         tensors[f"{name}.weight"] = multiplied if quantized(name) else multiplied.to(columns.dtype)
+
+
+def _exact(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where values are numbers of a narrower dtype too."""
+    return values.to(dtype).to(values.dtype) == values

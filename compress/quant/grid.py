@@ -174,6 +174,11 @@ class InputRounding:
         return codes.sub_(zero).mul_(scale)
 
 
+def dynamic_rounding(grid: Grid) -> InputRounding:
+    """How runtimes round the inputs of weights on this grid token by token, in the columns of blocks."""
+    return InputRounding(grid.float8, None, grid.group_size if grid.rows > 1 else -1, grid.bits == 4)
+
+
 @dataclass(frozen=True, eq=False)
 class CacheRounding:
     """Rounds keys and values [B, K, S, D] as they go into the cache."""

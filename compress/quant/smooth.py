@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from compress.quant.gptq import round_to_nearest
-from compress.quant.grid import Grid, InputRounding
+from compress.quant.grid import Grid, InputRounding, dynamic_rounding
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _STEPS, _RATE = 40, 0.05
+_SILENT = 0.01  # of the middle channel's magnitude
 
 Change = Callable[[Tensor], Tensor]
 
@@ -35,9 +36,15 @@ def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
         weights: [P], largest magnitude of each column of the weights.
         alpha: how much of the difficulty moves into the weights, 0 to 1.
     """
-    inputs, weights = inputs.float().clamp(min=1e-5), weights.float().clamp(min=1e-5)
+    inputs, weights = _raised(inputs.float()), weights.float().clamp(min=1e-5)
     logarithm = alpha * inputs.log() - (1 - alpha) * weights.log()
     return (logarithm - logarithm.mean()).exp()
+
+
+def _raised(channels: Tensor) -> Tensor:
+    """Positive numbers [I], none far below the middle one: a channel that calibration left silent may speak later."""
+    there = channels[channels > 0]
+    return channels.clamp(min=float(there.median()) * _SILENT if there.numel() else 1.0)
 
 
 def best_scale(
@@ -82,8 +89,9 @@ def _lost(inputs: Tensor, weights: Sequence[Tensor], scale: Tensor, root: Tensor
     """Squared error of the outputs, each token's over `root` [1, N, 1], with scales [I], inputs and weights rounded."""
     stacked, exact = torch.cat([weight.float() for weight in weights]), inputs.float()
     smoothed = (exact / scale).to(inputs.dtype)
-    reach = smoothed.abs().amax().float() / InputRounding(grid.float8).span if static else None
-    rounding = InputRounding(grid.float8, reach, grid.group_size)
+    rounding = dynamic_rounding(grid)
+    if static:
+        rounding = InputRounding(grid.float8, smoothed.abs().amax().float() / rounding.span)
     stored = round_to_nearest(stacked * scale, None, grid).dequantize()
     return float(((exact @ stacked.t() - rounding(smoothed).float() @ stored.t()) / root).square().sum())
 
@@ -99,7 +107,7 @@ def refine(scale: Tensor, inputs: Tensor, weights: Sequence[Tensor], spread: Cha
         total: [P] from [I], added up where inputs share a producer's channel.
     """
     x, w = inputs.float().abs().flatten(0, -2), torch.cat([weight.float().abs() for weight in weights])
-    x_square, w_square = x.square().mean(0), w.square().sum(0)
+    x_square, w_square = _raised(x.square().mean(0).sqrt()).square(), w.square().sum(0)
     logarithm = scale.log()
     optimizer = torch.optim.Adam([logarithm], lr=_RATE)
     for step in range(_STEPS):

@@ -19,7 +19,7 @@ from compress.model.steps import Passes
 from compress.model.stream import LayerStream
 from compress.plan import Matrix
 from compress.quant.gptq import round_to_nearest
-from compress.quant.grid import Grid, InputRounding, Quantized
+from compress.quant.grid import Grid, InputRounding, Quantized, dynamic_rounding
 from compress.quant.inputs import Sample, output_error, static_rounding
 from compress.recipe_eight_bit import EightBitStage
 from compress.report.schema import Module
@@ -100,7 +100,7 @@ class InputScales:
         """
         self._sample = None
         batches = Passes(partial(self._sampling, inputs))
-        choices = {"dynamic": self._dynamic(names[0])}
+        choices = {"dynamic": dynamic_rounding(self.grids[names[0]])}
         wanted = {name: self.matrices[name].inputs or "dynamic" for name in names}
         if set(wanted.values()) != {"dynamic"}:
             choices |= self._static(names, batches, needed="static" in wanted.values())
@@ -125,11 +125,6 @@ class InputScales:
         self.rounding |= decided
         if not self._in_kernels:
             self.stream.inputs |= decided
-
-    def _dynamic(self, name: str) -> InputRounding:
-        grid = self.grids[name]
-        blocks = grid.rows > 1
-        return InputRounding(self._float8, group_size=grid.group_size if blocks else -1, asymmetric=grid.bits == 4)
 
     def _static(self, names: Sequence[str], batches: Iterable[Tensor], needed: bool) -> dict[str, InputRounding]:
         where = ", ".join(names)
@@ -195,7 +190,7 @@ class InputScales:
         for name in (name for name in self.matrices if name.startswith(prefix)):
             scale = tensors.get(f"{name}.input_scale")
             static = None if scale is None else InputRounding(self._float8, scale.float().view(()))
-            self._settle({name: static or self._dynamic(name)})
+            self._settle({name: static or dynamic_rounding(self.grids[name])})
         if self._cache is not None:
             self._cache.restore(tensors)
 

@@ -42,7 +42,7 @@ from compress.stages.fitness import check_calls, check_modules, check_weights
 from compress.stages.original import Original, Pair
 from compress.stages.solve import Solved, Solver
 
-CODE_VERSION = 5  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 6  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew

@@ -3,12 +3,14 @@
 The look is a pass of its own through the layer, so that what is calibrated, replayed and written is the folded layer.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from compress.errors import RecipeError
 from compress.model.activations import Activations
@@ -41,7 +43,7 @@ class Smoothing:
     ) -> None:
         self.spec, self.matrices, self.grids, self.stream = spec, matrices, grids, stream
         self.alphas: dict[str, float] = {}
-        self._folds: dict[str, Fold] | None = None
+        self._likely: dict[str, str] = {}  # producers found so far: most layers are alike
 
     def fold(self, index: int, tensors: dict[str, Tensor], activations: Activations, probe: Activations) -> None:
         """Smooth a filled layer; its weights in `tensors` (full names) and in the layer become the folded ones.
@@ -50,9 +52,7 @@ class Smoothing:
             RecipeError: a layer whose inputs come from where no scales can go.
         """
         prefix = self.stream.prefix(index)
-        if self._folds is None:
-            self._folds = self._find(index, probe)
-        folds = self._folds
+        folds = self._find(index, probe)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -103,9 +103,15 @@ class Smoothing:
         return found[1]
 
     def _find(self, index: int, probe: Activations) -> dict[str, Fold]:
-        stream, layer, prefix = self.stream, self.stream.layers[index], self.stream.prefix(index)
-        hidden = probe.get(0)
+        """The folds of a layer's quantized linears; each layer's own, however many were finished by an earlier run."""
+        stream, prefix = self.stream, self.stream.prefix(index)
+        groups = stream.groups(index, probe)
+        wanted = [group for group in groups if any(prefix + name in self.grids for name in group)]
+        layer, hidden = stream.layers[index], probe.get(0)
         arguments = probe.of_layer(index, hidden)
+        if stream.dtype == torch.float16:  # whose range half of a number may leave
+            layer = copy.deepcopy(layer).float()
+            hidden, arguments = tree_map(_widened, (hidden, arguments))
 
         def run() -> Tensor:
             out = layer(hidden, **arguments)
@@ -113,13 +119,15 @@ class Smoothing:
             return whole
 
         config = stream.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        groups = stream.groups(index, probe)
-        folds = find_folds(layer, groups, run, head_dim)
+        heads = getattr(config, "num_attention_heads", None)
+        head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+        folds = find_folds(layer, wanted, run, head_dim, self._likely)
+        there = {first: fold for first, fold in folds.items() if fold is not None}
+        self._likely |= {first: fold.producer for first, fold in there.items()}
         sources = _norms_before(layer, run)
-        for position, group in enumerate(groups):
+        for group in wanted:
             source = sources.get(group[0])
-            if group[0] in folds or (source is None and position):
+            if group[0] in folds or (source is None and group != groups[0]):
                 continue
             names = ", ".join(prefix + name for name in group)
             if source is None:
@@ -129,7 +137,11 @@ class Smoothing:
             else:
                 reason = f"what {prefix}{source} puts out goes elsewhere too (a residual branch)"
             raise RecipeError([f"smooth: {names} can't be smoothed: {reason}; use smooth: null"])
-        return folds
+        return there
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _norms_before(layer: torch.nn.Module, run: Any) -> dict[str, str]:
