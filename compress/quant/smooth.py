@@ -71,11 +71,13 @@ def best_scale(
         None where nothing that was tried beats no smoothing.
     """
     # each token counts the same: a few are a hundred times as large, and norms scale them down again
-    outputs = torch.stack([(inputs.float() @ weight.float().t()).square().sum(-1) for weight in weights]).sum(0)
-    root = outputs.sqrt().clamp(min=1e-6)[..., None]
+    stacked = torch.cat([weight.float() for weight in weights])
+    exact = inputs.float() @ stacked.t()
+    root = exact.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
     def lost(scale: Tensor) -> float:
-        return _lost(inputs, weights, spread(scale), root, static, grid)
+        rounded = _rounded(inputs, stacked, spread(scale), static, grid)
+        return float(((exact - rounded) / root).square().sum())
 
     alpha = min(ALPHAS, key=lambda each: lost(scale_of(each)))
     tried = [scale_of(alpha)]
@@ -85,15 +87,13 @@ def best_scale(
     return (alpha, best) if lost(best) < lost(torch.ones_like(best)) else None
 
 
-def _lost(inputs: Tensor, weights: Sequence[Tensor], scale: Tensor, root: Tensor, static: bool, grid: Grid) -> float:
-    """Squared error of the outputs, each token's over `root` [1, N, 1], with scales [I], inputs and weights rounded."""
-    stacked, exact = torch.cat([weight.float() for weight in weights]), inputs.float()
-    smoothed = (exact / scale).to(inputs.dtype)
+def _rounded(inputs: Tensor, weights: Tensor, scale: Tensor, static: bool, grid: Grid) -> Tensor:
+    """Outputs [1, N, O] with scales [I], inputs and weights [O, I] rounded."""
+    smoothed = (inputs.float() / scale).to(inputs.dtype)
     rounding = dynamic_rounding(grid)
     if static:
         rounding = InputRounding(grid.float8, smoothed.abs().amax().float() / rounding.span)
-    stored = round_to_nearest(stacked * scale, None, grid).dequantize()
-    return float(((exact @ stacked.t() - rounding(smoothed).float() @ stored.t()) / root).square().sum())
+    return rounding(smoothed).float() @ round_to_nearest(weights * scale, None, grid).dequantize().t()
 
 
 def refine(scale: Tensor, inputs: Tensor, weights: Sequence[Tensor], spread: Change, total: Change) -> Tensor:
