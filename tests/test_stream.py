@@ -232,8 +232,8 @@ def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, mo
     for way in ("in_step", "again"):
         usual = getattr(stream_module, way)
         monkeypatch.setattr(stream_module, way, lambda *a, w=way, u=usual: (ways.append(w), u(*a))[1])
-    # tokens x (in front of down_proj, 96 wide: its input, four states inside and the one that came in) x bytes of bf16
-    needed = 4 * 8 * (96 + 5 * 64) * 2
+    # tokens x (in front of down_proj, 96 wide: its input, two states inside and the one that came in) x bytes of bf16
+    needed = 4 * 8 * (96 + 3 * 64) * 2
     for room in (needed, needed - 1):
         stream = open_stream(folder, room=room)
         activations = stream.start(random_tokens(4, 8), 2)
@@ -268,7 +268,7 @@ def test_what_batches_hold_inside_a_layer_is_what_was_reckoned(family: str, tmp_
             most = max(most, held_by(before))
     finally:
         gc.freeze()
-    assert 0.6 * reckoned < most <= 1.01 * reckoned
+    assert 0.99 * reckoned < most <= 1.01 * reckoned
 
 
 @pytest.mark.parametrize("path", ["another order", "a linear less", "a linear twice"])

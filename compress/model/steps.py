@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -92,19 +93,19 @@ def linear_groups(layer: nn.Module, run: Callable[[], Any], tokens: int) -> Grou
     Args:
         layer: on the meta device.
         run: runs it once; inputs are compared by identity. What it makes and still holds in front of a group counts as
-            held, and so do the inputs of the groups before.
+            held.
         tokens: that go through it then.
     """
-    seen: list[tuple[Tensor, list[str]]] = []
+    seen: list[tuple[ReferenceType[Tensor], list[str]]] = []
     held = [0]
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             for tensor, names in seen:
-                if tensor is inputs[0]:
+                if tensor() is inputs[0]:
                     names.append(name)
                     return
-            seen.append((inputs[0], [name]))
+            seen.append((ref(inputs[0]), [name]))
             held.append(alive.bytes())
 
         return hook
