@@ -232,8 +232,8 @@ def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, mo
     for way in ("in_step", "again"):
         usual = getattr(stream_module, way)
         monkeypatch.setattr(stream_module, way, lambda *a, w=way, u=usual: (ways.append(w), u(*a))[1])
-    # tokens x (in front of down_proj, 96 wide: its input, two states inside and the one that came in) x bytes of bf16
-    needed = 4 * 8 * (96 + 3 * 64) * 2
+    # tokens x (in front of o_proj: its input, queries, keys, values, the norm's output, what came in) x bytes of bf16
+    needed = 4 * 8 * (2 * 64 + 2 * 32 + 2 * 64) * 2
     for room in (needed, needed - 1):
         stream = open_stream(folder, room=room)
         activations = stream.start(random_tokens(4, 8), 2)
