@@ -82,11 +82,11 @@ def test_inputs_that_are_all_zero_correct_nothing() -> None:
     assert torch.equal(drift.correct(weight, torch.zeros(16, 16), 0.5), weight)
 
 
-def test_a_hessian_that_can_not_be_factored_is_not_taken_for_one_that_was() -> None:
-    drift = Drift()
+def test_a_hessian_that_can_not_be_factored_corrects_nothing() -> None:
+    drift, weight = Drift(), torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
     drift.add(torch.ones(4, 16), torch.zeros(4, 16), None, None)
     hessian = 100 * torch.ones(16, 16) - 99 * torch.eye(16)
-    assert drift.correct(torch.ones(5, 16), hessian, 0.5).isnan().all()
+    assert torch.equal(drift.correct(weight, hessian, 0.5), weight)
 
 
 @pytest.mark.parametrize("broken", ["inputs", "original"])
@@ -203,11 +203,6 @@ def test_states_in_host_memory_give_the_same(tmp_path: Path, monkeypatch: pytest
     tokens = TokenSet(random_tokens(6, 24), "random", "random", None)
     context = Context(CPU, torch.bfloat16, tokens, random_tokens(1, 24, 2), Reporter(quiet=True), False)
     usual = LayerStream.start
-
-    def start(stream: LayerStream, tokens: torch.Tensor) -> Activations:
-        started = usual(stream, tokens)
-        return in_host(started, [hidden.double() for hidden in started.hidden])
-
     for where in ("device", "host"):
         if where == "host":
             monkeypatch.setattr(Activations, "get", lambda self, number: self.hidden[number].bfloat16())

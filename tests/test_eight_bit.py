@@ -37,6 +37,7 @@ from compress.report.schema import Stage
 from compress.stages import quantize as stage_module
 from compress.stages import verify
 from compress.stages.context import Context
+from compress.stages.eight_bit import InputScales
 from compress.stages.quantize import PROBE, quantize
 from compress.tools import inspect
 
@@ -206,10 +207,14 @@ def test_hybrid(models: Callable[..., Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("passes", "method", "settings"),
     [
-        (4, "static", {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"}),  # smooth, 2, Hessian
+        (
+            3,
+            "static",
+            {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"},
+        ),  # range twice, Hessian
         (1, "static", {"observer": "moving_average", "weight_rounding": "rtn"}),
         (2, "auto", {}),  # range, Hessian
-        (2, "dynamic", {"smooth": 0.5, "weight_rounding": "rtn"}),  # smooth, errors
+        (1, "dynamic", {"smooth": 0.5, "weight_rounding": "rtn"}),
         (1, "dynamic", {}),
     ],
 )
@@ -243,6 +248,30 @@ def test_batches_are_not_held_together_where_memory_is_small(
     assert errors(records[0]) == errors(records[1]) and all(errors(records[0]).values())
     written = [(tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in ("large", "small")]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_the_weights_that_a_stage_holds_are_those_that_it_reckoned_with(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, smooth: Any
+) -> None:
+    reckoned, held = [], []
+    room, decide = Context.room, InputScales.decide
+
+    def reckoning(self: Context, layer_bytes: int, *widths: int) -> float:
+        reckoned.append(layer_bytes)
+        return room(self, layer_bytes, *widths)
+
+    def deciding(self: InputScales, names: Any, inputs: Any, weights: dict[str, Tensor]) -> Any:
+        filled, following = self.stream.layers[0].parameters(), self.stream.load_layer(1)
+        if next(iter(weights)).startswith("model.layers.0."):
+            held.append(sum(t.nbytes for t in (*weights.values(), *filled, *following.values())))
+        return decide(self, names, inputs, weights)
+
+    monkeypatch.setattr(Context, "room", reckoning)
+    monkeypatch.setattr(InputScales, "decide", deciding)
+    quantize(spec(smooth=smooth), Checkpoint(models(dtype=dtype)), tmp_path, context())
+    assert max(held) <= reckoned[0] < 1.01 * max(held)
 
 
 # ---- smoothing

@@ -93,7 +93,7 @@ def first_layer(folder: Path, dtype: torch.dtype) -> Opened:
 def test_folds_are_found_and_exact_in_float64(family: str, stored: torch.dtype, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", family, dtype=stored, **CONFIGS[family])
     stream, run, tensors, groups = first_layer(folder, torch.float32)
-    folds = {k: fold for k, fold in find_folds(stream.layers[0], groups, run, 16, {}).items() if fold}
+    folds = {k: fold for k, fold in find_folds(stream.layers[0], groups, run, 16).items() if fold}
     assert {fold.group: fold.producer for fold in folds.values()} == FOLDS.get(family, LLAMA)
     stream, run, _, _ = first_layer(folder, torch.float64)
     before, folded = run(), dict(tensors)
@@ -197,18 +197,11 @@ def test_folds_are_found_in_float16(tmp_path: Path) -> None:
     assert [[module.smooth for module in layer.modules] for layer in record.layers] == [[0.5] * 7] * 2
 
 
-def test_what_was_found_before_only_saves_time(tmp_path: Path) -> None:
-    stream, run, _, groups = first_layer(make_model(tmp_path / "model"), torch.bfloat16)
-    found = find_folds(stream.layers[0], groups, run, 16, {})
-    for likely in (QKV[0], "mlp.gate_proj", "input_layernorm", "no.such.linear"):
-        assert find_folds(stream.layers[0], groups, run, 16, dict.fromkeys(found, likely)) == found
-
-
 def test_inputs_that_don_t_matter_have_no_fold(tmp_path: Path) -> None:
     """Any producer would seem to hold for them."""
     stream, run, tensors, groups = first_layer(make_model(tmp_path / "model"), torch.bfloat16)
     stream.fill_layer(0, {"model.layers.0.mlp.up_proj.weight": torch.zeros_like(tensors["mlp.up_proj.weight"])})
-    found = find_folds(stream.layers[0], groups, run, 16, {})
+    found = find_folds(stream.layers[0], groups, run, 16)
     assert {first for first, fold in found.items() if fold is None} == {"mlp.gate_proj", "mlp.down_proj"}
 
 

@@ -10,11 +10,9 @@ Dimensions: B batch, S sequence, I inputs of a linear, P channels of a producer.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from operator import ne
 from typing import Any
 
 import torch
@@ -60,7 +58,7 @@ class Fold:
 
 
 def find_folds(
-    layer: nn.Module, groups: Sequence[tuple[str, ...]], run: Run, head_dim: int | None, likely: Mapping[str, str]
+    layer: nn.Module, groups: Sequence[tuple[str, ...]], run: Run, head_dim: int | None
 ) -> dict[str, Fold | None]:
     """The folds that hold in a layer, by the first linear of their group; None where no input of a group matters.
 
@@ -69,7 +67,6 @@ def find_folds(
         groups: linears that share an input, in call order.
         run: runs the layer on a few tokens and returns its output.
         head_dim: channels of an attention head; None for a model without any.
-        likely: producers to try first, by the first linear of the group.
     """
     expected = run()
     producers = {name: module for name, module in layer.named_modules() if _channels(module)}
@@ -81,8 +78,8 @@ def find_folds(
         if torch.equal(_tried(layer, group, _powers(width), run), expected):
             found[group[0]] = None
             continue
-        for name in sorted(producers, key=partial(ne, likely.get(group[0]))):
-            fold = _candidate(group, name, producers[name], width, head_dim)
+        for name, module in producers.items():
+            fold = _candidate(group, name, module, width, head_dim)
             if fold is not None and _holds(layer, fold, width, run, expected):
                 found[group[0]] = fold
                 break

@@ -113,7 +113,7 @@ def linear_groups(layer: nn.Module, run: Callable[[], Any], tokens: int) -> Grou
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(note(name), prepend=True)  # before what may change the input
-    with _Alive() as alive:
+    with _Alive() as alive, _stops(layer, [], lambda *_: None, _Where()):  # it keeps what norms read
         run()
     return Groups([tuple(names) for _, names in seen], max(held) / tokens)
 

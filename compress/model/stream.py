@@ -99,7 +99,7 @@ class LayerStream:
             pass_through(module, name, self.caches)
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._groups: dict[Kind, Groups] = {}
+        self._groups: dict[tuple[Kind, int], Groups] = {}
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._inside = 0  # of how many `outer()`
 
@@ -198,7 +198,7 @@ class LayerStream:
         return self._grouped(index, activations).names
 
     def _grouped(self, index: int, activations: Activations) -> Groups:
-        kind = self.kind(index)
+        kind = self.kind(index), activations.hidden[0].shape[1]  # a token may hold more in a longer sequence
         if kind not in self._groups:
             layer, run = self.rehearsal(index, activations)
             with by_layers(self.model):

@@ -66,7 +66,8 @@ class Drift:
             rows: which of a writer's rows `weight` holds.
 
         Returns:
-            Float32 [O, I]; not finite where the inputs were not.
+            Float32 [O, I]; not finite where the original's inputs are not. `weight` itself where the Hessian is not
+            positive definite, which the solver has ways to repair.
         """
         if self._total is None:
             return weight
@@ -74,7 +75,7 @@ class Drift:
         damped = hessian.clone()
         damped.diagonal().add_((_DAMP * hessian.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
         lower, failed = torch.linalg.cholesky_ex(damped)  # asking here whether it failed would wait for the device
-        return torch.where(failed == 0, weight + share * torch.cholesky_solve(wanted.t(), lower).t(), torch.nan)
+        return torch.where(failed == 0, weight + share * torch.cholesky_solve(wanted.t(), lower).t(), weight)
 
 
 def _add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Tensor:

@@ -198,7 +198,11 @@ def store_scale(scale: Tensor, grid: Grid) -> Tensor:
     float16's smallest subnormal, the smallest normal of the wider dtypes (processors may flush subnormals there). A
     group of zeros then has its zero point for codes and exact zeros for values.
     """
-    limits = torch.finfo(grid.scale_dtype)
-    smallest = limits.tiny * (limits.eps if grid.scale_dtype == torch.float16 else 1.0)
-    stored = scale.to(grid.scale_dtype).float()
+    stored, smallest = scale.to(grid.scale_dtype).float(), smallest_scale(grid.scale_dtype)
     return torch.where(stored.abs() < smallest, torch.full_like(stored, smallest).copysign(scale), stored)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """What is stored instead of a smaller scale."""
+    limits = torch.finfo(dtype)
+    return limits.tiny * (limits.eps if dtype == torch.float16 else 1.0)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from compress.quant.grid import InputRounding
+from compress.quant.grid import InputRounding, smallest_scale
 from compress.quant.observers import Observer, reach
 
 _TOKENS = 1024  # that errors are measured on
@@ -27,10 +27,10 @@ def static_rounding(
         return InputRounding(float8, reaches / span)(values)
 
     span = InputRounding(float8).span
-    largest, stored = reach(batches, observer, rounded), torch.finfo(scale_dtype)
+    largest = reach(batches, observer, rounded)
     if not bool(largest > 0):
         return None
-    return InputRounding(float8, (largest / span).clamp(min=stored.tiny * stored.eps).to(scale_dtype).float())
+    return InputRounding(float8, (largest / span).clamp(min=smallest_scale(scale_dtype)).to(scale_dtype).float())
 
 
 class Sample:

@@ -103,8 +103,10 @@ class _Quantization:
         layers = {name.removeprefix(self.modules.layers).split(".")[1] for name in inside}
         widths = [shape[1] for shape in self.modules.linears.values()]
         stored = sum(info.bytes for info in inside.values()) // len(layers)
-        filled = models * stored * self.context.dtype.itemsize // self.stored.itemsize
-        return self.context.room(2 * stored + filled, max(widths), min(widths)) / models
+        held = 2 + models * self.context.dtype.itemsize / self.stored.itemsize
+        if isinstance(self.spec, EightBitStage) and self.spec.smooth is not None:
+            held += 4 / self.stored.itemsize - 1  # what is read becomes float32
+        return self.context.room(int(held * stored), max(widths), min(widths)) / models
 
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]

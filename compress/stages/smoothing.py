@@ -4,7 +4,8 @@ The look is a pass of its own through the layer, so that what is calibrated, rep
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,6 @@ class Smoothing:
     ) -> None:
         self.spec, self.matrices, self.grids, self.stream = spec, matrices, grids, stream
         self.alphas: dict[str, float] = {}
-        self._likely: dict[str, str] = {}  # producers found so far: most layers are alike
 
     def fold(self, index: int, tensors: dict[str, Tensor], activations: Activations, probe: Activations) -> None:
         """Smooth a filled layer; its weights in `tensors` (full names) and in the layer become the folded ones.
@@ -54,19 +54,7 @@ class Smoothing:
         prefix = self.stream.prefix(index)
         folds = self._find(index, probe)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def look(group: tuple[str, ...], inputs: Iterable[Tensor]) -> None:
-            if group[0] in folds:
-                taken, largest = Sample(activations.tokens, _TOKENS), []
-                for batch in inputs:
-                    taken.add(batch)
-                    largest.append(batch.abs().flatten(0, -2).amax(0).float())
-                sample = taken.total()
-                assert sample is not None, "smoothing calibrates"
-                seen[group[0]] = torch.stack(largest).amax(0), sample
-
-        self.stream.run_layer(index, activations.copy(), look)
+        seen = self._look(index, activations, folds)
         found = {name: self._scale(folds[name], local, *seen[name], prefix) for name in folds}
         for name, scale in found.items():
             if scale is not None:
@@ -74,13 +62,36 @@ class Smoothing:
         tensors |= {prefix + name: tensor for name, tensor in local.items()}
         self.stream.fill_layer(index, tensors)
 
+    def _look(self, index: int, activations: Activations, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The largest magnitude of each channel [I] of these linears' inputs, and a sample of them [1, N, I]."""
+        layer, tokens = self.stream.layers[index], activations.tokens
+        samples = {name: Sample(tokens, _TOKENS) for name in names}
+        largest: dict[str, list[Tensor]] = {name: [] for name in samples}
+
+        def looking(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+            def hook(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+                samples[name].add(inputs[0])
+                largest[name].append(inputs[0].abs().flatten(0, -2).amax(0).float())
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in samples:
+                hooks.callback(layer.get_submodule(name).register_forward_pre_hook(looking(name)).remove)
+            for hidden in activations:
+                layer(hidden, **activations.of_layer(index, hidden))
+        found = {}
+        for name, reaches in largest.items():
+            sample = samples[name].total()
+            assert sample is not None, "smoothing calibrates"
+            found[name] = torch.stack(reaches).amax(0), sample
+        return found
+
     def _scale(
         self, fold: Fold, local: Mapping[str, Tensor], largest: Tensor, inputs: Tensor, prefix: str
     ) -> Tensor | None:
-        """Scales [P] of a fold; None where smoothing does not help, or where nothing behind it is quantized."""
+        """Scales [P] of a fold; None where smoothing does not help."""
         wanted = [name for name in fold.group if prefix + name in self.grids]
-        if not wanted:
-            return None
         channels = local[f"{fold.producer}.weight"].shape[0]
         weights = [local[f"{name}.weight"] for name in wanted]
         columns = fold.gather(torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0), channels)
@@ -121,9 +132,8 @@ class Smoothing:
         config = stream.model.config
         heads = getattr(config, "num_attention_heads", None)
         head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-        folds = find_folds(layer, wanted, run, head_dim, self._likely)
+        folds = find_folds(layer, wanted, run, head_dim)
         there = {first: fold for first, fold in folds.items() if fold is not None}
-        self._likely |= {first: fold.producer for first, fold in there.items()}
         sources = _norms_before(layer, run)
         for group in wanted:
             source = sources.get(group[0])
