@@ -207,11 +207,8 @@ def test_hybrid(models: Callable[..., Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("passes", "method", "settings"),
     [
-        (
-            3,
-            "static",
-            {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"},
-        ),  # range twice, Hessian
+        # range twice, Hessian
+        (3, "static", {"observer": "mse", "smooth": "auto", "kv_cache": "fp8", "dtype": "fp8"}),
         (1, "static", {"observer": "moving_average", "weight_rounding": "rtn"}),
         (2, "auto", {}),  # range, Hessian
         (1, "dynamic", {"smooth": 0.5, "weight_rounding": "rtn"}),

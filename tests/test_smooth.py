@@ -301,7 +301,7 @@ def test_channels_that_are_silent_in_calibration_are_not_blown_up() -> None:
     for silent in (0.0, 1e-6):
         x[..., :8] *= silent
         start = smoothing_scale(x.abs().amax((0, 1)), w.abs().amax(0), 0.5)
-        refined = refine(start, x, [w], lambda scale: scale, lambda slope: slope)
+        refined = refine(start, x, w, lambda scale: scale, lambda slope: slope)
         for scale in (start, refined):
             assert float(scale[:8].min() / scale[8:].median()) > 0.05
     assert bool((smoothing_scale(torch.zeros(4), torch.ones(4), 0.5) == 1).all())
@@ -323,7 +323,7 @@ def test_refined_scales_lose_less_on_other_tokens() -> None:
         return float((other[0] @ w.t() - rounded_rows(other[0] / scale) @ rounded_rows(w * scale).t()).square().sum())
 
     start = smoothing_scale(x.abs().amax((0, 1)), w.abs().amax(0), 0.7)
-    found = refine(start, x, [w[:40], w[40:]], lambda scale: scale, lambda slope: slope)
+    found = refine(start, x, w, lambda scale: scale, lambda slope: slope)
     assert lost(found) < 0.9 * lost(start) and float(found.log().mean().abs()) < 1e-5
 
 
@@ -344,7 +344,7 @@ def test_slope_of_the_refinement_is_the_formulas() -> None:
         slopes.append(fold.total(slope, 6))
         return slopes[-1]
 
-    refine(torch.ones(6), x, [w], lambda scale: fold.spread(scale, 12), total)
+    refine(torch.ones(6), x, w, lambda scale: fold.spread(scale, 12), total)
     assert logarithm.grad is not None and torch.allclose(2 * slopes[0].double(), logarithm.grad, atol=1e-5)
 
 

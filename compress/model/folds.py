@@ -172,19 +172,11 @@ def apply_fold(tensors: dict[str, Tensor], fold: Fold, scale_P: Tensor, quantize
     """
     weight, bias = tensors[f"{fold.producer}.weight"], tensors.get(f"{fold.producer}.bias")
     kept = [tensors[f"{name}.weight"] for name in fold.group if not quantized(name)]
-    if bias is not None or kept or (fold.offset is None and not quantized(fold.producer)):
-        scale_P = torch.exp2(scale_P.log2().round())
-        exact = torch.ones_like(scale_P, dtype=torch.bool)
-        if bias is not None:
-            exact &= _exact(bias.float() / scale_P, bias.dtype)
-        if fold.offset is not None:
-            exact &= _exact((weight.double() + fold.offset) / scale_P - fold.offset, weight.dtype)
-        elif not quantized(fold.producer):
-            exact &= _exact(weight.float() / scale_P[:, None], weight.dtype).all(1)
-        for columns in kept:
-            changed = _exact(columns.float() * fold.spread(scale_P, columns.shape[1]), columns.dtype).all(0)
-            exact &= fold.gather(~changed, scale_P.numel()) == 0
-        scale_P = torch.where(exact, scale_P, 1.0)
+    rounds_producer = fold.offset is None and not quantized(fold.producer)
+    if bias is not None or kept or rounds_producer:
+        scale_P = _exact_powers(
+            scale_P, fold, weight if fold.offset is not None or rounds_producer else None, bias, kept
+        )
     if fold.offset is None:
         divided = weight.float() / scale_P[:, None]
         tensors[f"{fold.producer}.weight"] = divided if quantized(fold.producer) else divided.to(weight.dtype)
@@ -201,6 +193,32 @@ def apply_fold(tensors: dict[str, Tensor], fold: Fold, scale_P: Tensor, quantize
         columns = tensors[f"{name}.weight"]
         multiplied = columns.float() * fold.spread(scale_P, columns.shape[1])
         tensors[f"{name}.weight"] = multiplied if quantized(name) else multiplied.to(columns.dtype)
+
+
+def _exact_powers(
+    scale_P: Tensor, fold: Fold, weight: Tensor | None, bias: Tensor | None, kept: Sequence[Tensor]
+) -> Tensor:
+    """The nearest powers of two, and 1 for channels in which even those would round a number.
+
+    Args:
+        scale_P: float32 [P].
+        fold: where.
+        weight: of the producer, where it is stored in its own dtype.
+        bias: of the producer.
+        kept: weights [O, I] of linears that keep their dtype.
+    """
+    powers_P = torch.exp2(scale_P.log2().round())
+    exact_P = torch.ones_like(powers_P, dtype=torch.bool)
+    if bias is not None:
+        exact_P &= _exact(bias.float() / powers_P, bias.dtype)
+    if weight is not None and fold.offset is not None:
+        exact_P &= _exact((weight.double() + fold.offset) / powers_P - fold.offset, weight.dtype)
+    elif weight is not None:
+        exact_P &= _exact(weight.float() / powers_P[:, None], weight.dtype).all(1)
+    for columns in kept:
+        rounded_I = ~_exact(columns.float() * fold.spread(powers_P, columns.shape[1]), columns.dtype).all(0)
+        exact_P &= ~fold.gather(rounded_I, powers_P.numel())
+    return torch.where(exact_P, powers_P, 1.0)
 
 
 def _exact(values: Tensor, dtype: torch.dtype) -> Tensor:

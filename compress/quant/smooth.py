@@ -13,7 +13,7 @@ log s make smaller: by 10 to 40 % on a small Llama. With one scale for all token
 Dimensions: N tokens, I inputs, O outputs, P channels of what produces the inputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def _raised(channels: Tensor) -> Tensor:
 
 def best_scale(
     inputs: Tensor,
-    weights: Sequence[Tensor],
+    weights: Tensor,
     scale_of: Callable[[float], Tensor],
     spread: Change,
     total: Change,
@@ -60,7 +60,7 @@ def best_scale(
 
     Args:
         inputs: X [1, N, I], a sample.
-        weights: W [O, I] of each linear.
+        weights: W float32 [O, I], of all linears, one below the other.
         scale_of: scales [P] for a power.
         spread: those of the linears' inputs [I], from scales [P].
         total: [P] from [I], added up where inputs share a producer's channel.
@@ -71,12 +71,11 @@ def best_scale(
         None where nothing that was tried beats no smoothing.
     """
     # each token counts the same: a few are a hundred times as large, and norms scale them down again
-    stacked = torch.cat([weight.float() for weight in weights])
-    exact = inputs.float() @ stacked.t()
+    exact = inputs.float() @ weights.t()
     root = exact.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
     def lost(scale: Tensor) -> float:
-        rounded = _rounded(inputs, stacked, spread(scale), static, grid)
+        rounded = _rounded(inputs, weights, spread(scale), static, grid)
         return float(((exact - rounded) / root).square().sum())
 
     alpha = min(ALPHAS, key=lambda each: lost(scale_of(each)))
@@ -96,17 +95,17 @@ def _rounded(inputs: Tensor, weights: Tensor, scale: Tensor, static: bool, grid:
     return rounding(smoothed).float() @ round_to_nearest(weights * scale, None, grid).dequantize().t()
 
 
-def refine(scale: Tensor, inputs: Tensor, weights: Sequence[Tensor], spread: Change, total: Change) -> Tensor:
+def refine(scale: Tensor, inputs: Tensor, weights: Tensor, spread: Change, total: Change) -> Tensor:
     """Scales [P] that cost less than `scale` by the formula above: for whole numbers, a scale per token and per row.
 
     Args:
         scale: float32 [P], positive, where to start.
         inputs: X [1, N, I], a sample.
-        weights: W [O, I] of each linear.
+        weights: W float32 [O, I], of all linears.
         spread: scales [I] of the linears' inputs from those of what produces them.
         total: [P] from [I], added up where inputs share a producer's channel.
     """
-    x, w = inputs.float().abs().flatten(0, -2), torch.cat([weight.float().abs() for weight in weights])
+    x, w = inputs.float().abs().flatten(0, -2), weights.abs()
     x_square, w_square = _raised(x.square().mean(0).sqrt()).square(), w.square().sum(0)
     logarithm = scale.log()
     optimizer = torch.optim.Adam([logarithm], lr=_RATE)

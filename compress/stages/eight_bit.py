@@ -174,10 +174,8 @@ class InputScales:
         scales = {} if self._cache is None else self._cache.tensors(index)
         for name in names:
             scale = self.rounding[name].scale
-            if scale is not None:
-                scales[f"{name}.input_scale"] = (
-                    scale.to(self.grids[name].scale_dtype).view(1).clone()
-                )  # shared by a group
+            if scale is not None:  # which linears of a group share; a file does not
+                scales[f"{name}.input_scale"] = scale.to(self.grids[name].scale_dtype).view(1).clone()
         return scales
 
     def restore(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:

@@ -93,8 +93,8 @@ class Smoothing:
         """Scales [P] of a fold; None where smoothing does not help."""
         wanted = [name for name in fold.group if prefix + name in self.grids]
         channels = local[f"{fold.producer}.weight"].shape[0]
-        weights = [local[f"{name}.weight"] for name in wanted]
-        columns = fold.gather(torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0), channels)
+        weights = torch.cat([local[f"{name}.weight"].float() for name in wanted])
+        columns = fold.gather(weights.abs().amax(0), channels)
         reach = fold.gather(largest, channels)
 
         def scale(alpha: float) -> Tensor:
