@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compress import __version__, distributed
+from compress import __version__
 from compress.errors import DscompressError, UserError
+from compress.system import distributed
 
 if TYPE_CHECKING:
-    from compress.progress import Reporter
-    from compress.recipe import Recipe
+    from compress.recipe.schema import Recipe
+    from compress.system.progress import Reporter
 
 
 class _Group(TyperGroup):
@@ -119,8 +120,8 @@ def run(
     """
     if max_memory is not None:  # a small memory has no room for gaps
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    from compress.runner import Options
-    from compress.runner import run as run_recipe
+    from compress.run.runner import Options
+    from compress.run.runner import run as run_recipe
 
     if nproc == 1 and not dry_run:
         device = distributed.join(device)
@@ -130,8 +131,8 @@ def run(
         raise typer.Exit(distributed.launch(nproc, device, sys.argv[1:]))
     reporter = _reporter(quiet, verbose)
     if dry_run:
-        from compress.artefact import work_folder
-        from compress.describe import describe
+        from compress.run.artefact import work_folder
+        from compress.run.describe import describe
 
         print("\n".join(describe(loaded, work_folder(Path(loaded.output), work), reporter)))
         return
@@ -157,12 +158,12 @@ def validate(
     debug: DebugOption = False,
 ) -> None:
     """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
-    from compress.cautions import cautions
+    from compress.run.warnings import cautions
 
     loaded = _load(recipe, overrides, model, output)
     folder, base = Path(loaded.model), None
     if folder.is_dir():
-        from compress.plan import open_model
+        from compress.run.plan import open_model
 
         base = open_model(folder, loaded)
     reporter = _reporter(False, False)
@@ -174,7 +175,7 @@ def validate(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors that complete and check YAML."""
-    from compress.recipe import json_schema
+    from compress.recipe.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
@@ -193,7 +194,7 @@ def eval(
     debug: DebugOption = False,
 ) -> None:
     """Compare two checkpoints: perplexity, KL divergence, top-1 agreement. Prints JSON."""
-    from compress.tools import evaluate
+    from compress.run.tools import evaluate
 
     reporter = _reporter(quiet, False)
     work = work_dir or Path.cwd() / ".dscompress"
@@ -209,7 +210,7 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Open a checkpoint with the stock loader and with ours, and compare: PASS, or what differs."""
-    from compress.tools import verify as verify_checkpoint
+    from compress.run.tools import verify as verify_checkpoint
 
     _reporter(False, False)
     checks = verify_checkpoint(checkpoint, device, trust_remote_code)
@@ -228,7 +229,7 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what a checkpoint holds: sizes, how each kind of matrix is stored, how it was made."""
-    from compress.tools import inspect as inspect_checkpoint
+    from compress.run.tools import inspect as inspect_checkpoint
 
     print("\n".join(inspect_checkpoint(checkpoint)))
 
@@ -236,7 +237,7 @@ def inspect(
 @recipes_app.command("list")
 def recipes_list() -> None:
     """List the bundled recipes."""
-    from compress.recipe_yaml import list_recipes
+    from compress.recipe.load import list_recipes
 
     rows = list_recipes()
     width = max(len(name) for name, _ in rows)
@@ -247,7 +248,7 @@ def recipes_list() -> None:
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")]) -> None:
     """Print a bundled recipe."""
-    from compress.recipe_yaml import recipe_text
+    from compress.recipe.load import recipe_text
 
     print(recipe_text(name), end="")
 
@@ -259,7 +260,7 @@ def recipes_copy(
 ) -> None:
     """Copy a bundled recipe to a file of yours."""
     from compress.errors import OutputError
-    from compress.recipe_yaml import recipe_text
+    from compress.recipe.load import recipe_text
 
     file = target or Path(f"{name.removesuffix('.yaml')}.yaml")
     if file.exists():
@@ -278,7 +279,7 @@ CacheArgument = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="The wor
 @cache_app.command("ls")
 def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """List what a work folder holds, with sizes."""
-    from compress.tools import cache_entries
+    from compress.run.tools import cache_entries
 
     for entry in cache_entries(work_dir):
         print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.kind:<12} {entry.path.name}")
@@ -287,13 +288,13 @@ def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
 @cache_app.command("clean")
 def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """Delete what a work folder holds; finished outputs stay."""
-    from compress.tools import clean_cache
+    from compress.run.tools import clean_cache
 
     print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
 
 
 def _load(reference: str, overrides: list[str] | None, model: str | None, output: Path | None) -> "Recipe":
-    from compress.recipe_yaml import load_recipe
+    from compress.recipe.load import load_recipe
 
     return load_recipe(reference, overrides=overrides or (), model=model, output=str(output) if output else None)
 
@@ -309,7 +310,7 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _reporter(quiet: bool, verbose: bool) -> "Reporter":
-    from compress.progress import Reporter
+    from compress.system.progress import Reporter
 
     if not verbose:
         _hush()

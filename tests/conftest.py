@@ -2,11 +2,10 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from finished import FinishedRun
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,27 +28,6 @@ output: replaced-by-output
 def tiny_model() -> Path:
     """A trained Llama of 6M parameters in bfloat16: hidden 256, 6 layers, tied embeddings. To change it, copy it."""
     return Path(__file__).parent / "models" / "tiny-wiki-llama"
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run left, and what it printed.
-
-    Args:
-        arguments: of the command.
-        output: the checkpoint.
-        work: its work folder.
-        report: report.json.
-        stdout: standard output.
-        stderr: standard error.
-    """
-
-    arguments: list[str]
-    output: Path
-    work: Path
-    report: dict[str, Any]
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture(scope="session")

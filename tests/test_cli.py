@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import yaml
 from command import invoke
-from conftest import FinishedRun
+from finished import FinishedRun
 from safetensors import deserialize, safe_open
 
 from compress import __version__
-from compress.artefact import read_record
-from compress.extras import torchao_problem
-from compress.recipe import bundled_dir
-from compress.recipe_yaml import list_recipes
-from compress.report.schema import Quality, Report
+from compress.recipe.load import list_recipes
+from compress.recipe.schema import bundled_dir
+from compress.records import Quality, Report, read_record
+from compress.system.extras import torchao_problem
 
 RECIPES = [name for name, _ in list_recipes()]
 NEEDS = {"cpu_int8": pytest.mark.skipif(torchao_problem() is not None, reason="torchao is not installed")}
@@ -147,7 +146,7 @@ def test_bundled_recipes_run(
     name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("compress.stages.speed._ROUNDS", 1)
+    monkeypatch.setattr("compress.evaluate.speed._ROUNDS", 1)
     smaller = ["calibration.samples=4", "calibration.sequence_length=128"]
     smaller += ["evaluate.sequence_length=128", "evaluate.windows=2", "evaluate.prompts=[]"]
     options = [option for value in smaller for option in ("--set", value)]

@@ -17,8 +17,8 @@ from compress.data.documents import FIELDS, Document, Record, Renderer, select, 
 from compress.data.packing import collect_tokens, cut_sequences
 from compress.data.sources import is_plain_text, read_rows
 from compress.errors import CalibrationError
-from compress.recipe import CalibrationSpec
-from compress.recipe_yaml import load_evaluation_spec
+from compress.recipe.load import load_evaluation_spec
+from compress.recipe.schema import CalibrationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

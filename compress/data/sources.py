@@ -18,9 +18,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from compress.artefact import sha256
 from compress.errors import CalibrationError
-from compress.recipe import LOCAL_SUFFIXES, CalibrationSpec, is_local_source
+from compress.recipe.schema import LOCAL_SUFFIXES, CalibrationSpec, is_local_source
+from compress.system.fingerprint import sha256
 
 ALLOWED = f"{', '.join(LOCAL_SUFFIXES)}, each also .gz"
 BLOCK_CHARACTERS = 8_192  # a .txt is cut after the first blank line past so many characters,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import ModelError, NumericalError
-from compress.finite import all_finite
+from compress.loop.finite import all_finite
 
 CHUNK_BYTES = 256 * 2**20
 """Working memory of a comparison, beside the logits of as many rows of both models."""
@@ -128,7 +128,7 @@ def summarise(per_window: TokenDivergence, *, dataset: str, sequence_length: int
         dtype: what the models computed in, for the record.
 
     Returns:
-        A dict with the fields of `compress.report.schema.Quality`, plain Python numbers.
+        A dict with the fields of `compress.records.Quality`, plain Python numbers.
     """
     windows, scored = per_window.kl.shape
     assert windows >= 1 and scored == sequence_length - 1

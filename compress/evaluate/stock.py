@@ -18,8 +18,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.machine import waited
-from compress.memory import resident
+from compress.system.machine import waited
+from compress.system.memory import resident
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Request:
 class Answer:
     """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did.
 
-    `pace` has the figures of `compress.report.schema.Pace`, if there was a timing.
+    `pace` has the figures of `compress.records.Pace`, if there was a timing.
     """
 
     logits: "Tensor | None"

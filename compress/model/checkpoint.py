@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.artefact import link_or_copy, unwritable
 from compress.errors import ModelError
+from compress.system.files import link_or_copy, unwritable
 
 if TYPE_CHECKING:
     import torch

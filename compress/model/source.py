@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.artefact import commit, fingerprint, make_writable
 from compress.errors import ModelError
+from compress.system.files import commit, make_writable
+from compress.system.fingerprint import fingerprint
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.kernels import usable
-from compress.parallel import one_thread
 from compress.quant.grid import Grid, Quantized, round_levels_, to_codes
 from compress.quant.scales import Clip, group_scales
+from compress.system.parallel import one_thread
 
 _INNER = 16  # columns between two matrix products inside a block: rank-1 updates touch only these
 _ROWS_WORTH_THREADS = (

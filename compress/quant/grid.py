@@ -12,7 +12,7 @@ the checkpoint formats store a signed number anyway. Where activations are quant
 A float8 grid has the finite numbers of e4m3 (4 bits of exponent, 3 of mantissa, up to 448) for levels: w^ = level *
 scale, the code is the number's byte and there is no zero point.
 
-The inputs of linears are rounded by `InputRounding`, with the arithmetic of the stock loader.
+The inputs of linears are rounded by `FakeQuantize`, with the arithmetic of the stock loader.
 
 Shapes: O output rows, I input columns, G groups of columns, g columns in a group.
 """
@@ -119,7 +119,7 @@ def to_codes(levels: Tensor, zero: Tensor | int, grid: Grid) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class InputRounding:
+class FakeQuantize:
     """Rounds the inputs of a linear to 8 bits and back, as it happens where the checkpoint runs.
 
     The arithmetic, its dtype and the ratio of a range and its scale (127.5 for int8) are those of compressed-tensors
@@ -174,17 +174,17 @@ class InputRounding:
         return codes.sub_(zero).mul_(scale)
 
 
-def dynamic_rounding(grid: Grid) -> InputRounding:
+def dynamic_fake_quantize(grid: Grid) -> FakeQuantize:
     """How runtimes round the inputs of weights on this grid token by token, in the columns of blocks."""
-    return InputRounding(grid.float8, None, grid.group_size if grid.rows > 1 else -1, grid.bits == 4)
+    return FakeQuantize(grid.float8, None, grid.group_size if grid.rows > 1 else -1, grid.bits == 4)
 
 
 @dataclass(frozen=True, eq=False)
-class CacheRounding:
+class CacheFakeQuantize:
     """Rounds keys and values [B, K, S, D] as they go into the cache."""
 
-    keys: InputRounding
-    values: InputRounding
+    keys: FakeQuantize
+    values: FakeQuantize
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Both, rounded."""

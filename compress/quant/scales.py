@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from compress.kernels import usable
-from compress.parallel import on_cores
 from compress.quant.grid import Grid, store_scale
 from compress.quant.positive_scales import positive_scales
+from compress.system.parallel import on_cores
 
 Clip = Literal["none", "mse", "hessian"]
 

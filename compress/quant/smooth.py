@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.quant.gptq import round_to_nearest
-from compress.quant.grid import Grid, InputRounding, dynamic_rounding
+from compress.quant.grid import FakeQuantize, Grid, dynamic_fake_quantize
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _STEPS, _RATE = 40, 0.05
@@ -89,9 +89,9 @@ def best_scale(
 def _rounded(inputs: Tensor, weights: Tensor, scale: Tensor, static: bool, grid: Grid) -> Tensor:
     """Outputs [1, N, O] with scales [I], inputs and weights [O, I] rounded."""
     smoothed = (inputs.float() / scale).to(inputs.dtype)
-    rounding = dynamic_rounding(grid)
+    rounding = dynamic_fake_quantize(grid)
     if static:
-        rounding = InputRounding(grid.float8, smoothed.abs().amax().float() / rounding.span)
+        rounding = FakeQuantize(grid.float8, smoothed.abs().amax().float() / rounding.span)
     return rounding(smoothed).float() @ round_to_nearest(weights * scale, None, grid).dequantize().t()
 
 

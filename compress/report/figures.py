@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from compress.report.schema import Interval, Layer, Module, Report, Speed, Stage
+from compress.records import Interval, Layer, Module, Report, Speed, Stage
 
 Row = tuple[str, str, str, str]
 _FASTER = 1.05  # times the base's speed; less is noise

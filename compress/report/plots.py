@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from compress.records import Quality, Report
 from compress.report import figures
 from compress.report.figures import MatrixRow
-from compress.report.schema import Quality, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,9 @@ import jinja2
 import yaml
 
 from compress.errors import OutputError
+from compress.records import Report, Stage
 from compress.report import figures
 from compress.report.figures import speed_words, summary_table
-from compress.report.schema import Report, Stage
 
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
 

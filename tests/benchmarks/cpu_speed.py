@@ -10,10 +10,10 @@ import argparse
 import statistics
 from pathlib import Path
 
+from compress.evaluate.speed import measure
 from compress.evaluate.stock import Request, Timing
-from compress.machine import processor
-from compress.progress import Reporter
-from compress.stages.speed import measure
+from compress.system.machine import processor
+from compress.system.progress import Reporter
 
 COLUMNS = {
     "prefill tokens/s": ("prefill_tokens_per_second", 1.0),

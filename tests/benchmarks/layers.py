@@ -27,16 +27,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.data.calibration import TokenSet
+from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
-from compress.model.stream import LayerStream
-from compress.progress import Reporter
 from compress.quant import gptq as solver
-from compress.quant.drift import Drift
+from compress.quant.error_propagation import PropagatedError
 from compress.quant.statistics import Gram
-from compress.recipe import QuantizeStage
-from compress.stages import quantize as stage
-from compress.stages import solve
-from compress.stages.context import Context, pick_device
+from compress.recipe.quantize import WeightOnlyStage
+from compress.stages.context import Context
+from compress.stages.quantize.run import run as stage
+from compress.stages.quantize.run import solve
+from compress.system.compute import pick_device
+from compress.system.progress import Reporter
 
 BF16, GRAM, FORWARD = "bf16 product", "X^T X", "forward and the rest"
 SHAPES = {
@@ -110,7 +111,7 @@ class Phases:
 
 
 def quantize(
-    model: Path, tokens: torch.Tensor, device: torch.device, spec: QuantizeStage, max_memory: int | None
+    model: Path, tokens: torch.Tensor, device: torch.device, spec: WeightOnlyStage, max_memory: int | None
 ) -> tuple[Any, Clock]:
     """The stage's record of a run in a scratch folder, and when its layers were done."""
     clock = Clock()
@@ -161,8 +162,9 @@ def show_phases(device: torch.device, jobs: dict[str, float], run: Callable[[], 
     phases = Phases(device)
     for owner, name, phase in (
         (stage._Quantization, "_transform", FORWARD), (LayerStream, "load_layer", "read weights"),
-        (LayerStream, "fill_layer", "read weights"), (LayerStream, "groups", "find groups"), (Drift, "add", "drift"),
-        (Drift, "correct", "drift"), (Gram, "add", "Hessian"), (Gram, "total", "Hessian"),
+        (LayerStream, "fill_layer", "read weights"), (LayerStream, "groups", "find groups"),
+        (PropagatedError, "add", "drift"), (PropagatedError, "correct", "drift"),
+        (Gram, "add", "Hessian"), (Gram, "total", "Hessian"),
         (solve, "factorize", "factor"), (solve, "gptq", "trailing updates"), (solver, "group_scales", "scale search"),
         (solve, "measure", "record"), (solve, "describe", "record"),
         (stage, "received_attention", "attention weights"), (stage, "_check_finite", "check"),
@@ -226,7 +228,7 @@ def main() -> None:
         print(f"floor       {floor:.3f} s / layer: 2 x {passes:.3f} forward, {hessians:.3f} Hessians, 0.09 the rest")
         best = float("inf")
         for share in options.drift:
-            spec = QuantizeStage(kind="quantize", drift_correction=share, group_size=group)  # type: ignore[arg-type]
+            spec = WeightOnlyStage(kind="quantize", drift_correction=share, group_size=group)  # type: ignore[arg-type]
             record, clock = quantize(model, tokens, device, spec, limit)
             each = clock.seconds
             best = min(best, each)

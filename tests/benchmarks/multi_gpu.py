@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from layers import SHAPES, quantize, write_model
 
-from compress import distributed
-from compress.recipe import QuantizeStage
-from compress.stages.context import pick_device
+from compress.recipe.quantize import WeightOnlyStage
+from compress.system import distributed
+from compress.system.compute import pick_device
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"{world} x {device.type}, {options.samples} x {options.sequence_length} tokens, W4 g128", flush=True)
         distributed.barrier()
         for share in options.drift:
-            spec = QuantizeStage(kind="quantize", drift_correction=share)
+            spec = WeightOnlyStage(kind="quantize", drift_correction=share)
             record, clock = quantize(model, tokens, device, spec, None)
             each = clock.seconds
             peak = record.peak_gpu_memory_bytes or record.peak_memory_bytes

@@ -1,0 +1,74 @@
+"""The model as it was, run beside the quantized one on the same tokens: it shows how far that has drifted."""
+
+from collections.abc import Iterator, Mapping
+from itertools import repeat
+from typing import NamedTuple
+
+from torch import Tensor
+
+from compress.loop.activations import Activations
+from compress.loop.groups import Group, carriers
+from compress.loop.interleave import Arrival
+from compress.loop.stream import LayerStream
+
+
+class Beside(NamedTuple):
+    """What the original model has in front of a group: X0 [B, S, I]; and (R, R0) [B, S, D] where the output joins R."""
+
+    original: Tensor
+    residual: tuple[Tensor, Tensor] | None
+
+
+Pair = tuple[Tensor, Beside | None]
+
+
+class ReferenceModel:
+    """The original layers, one at a time, and their activations.
+
+    Args:
+        stream: of the original model, filled from what another stream has read.
+        activations: of the calibration, in front of the first layer.
+        probe: of a few tokens.
+    """
+
+    def __init__(self, stream: LayerStream, activations: Activations, probe: Activations) -> None:
+        self.stream, self._activations, self._probe = stream, activations, probe
+
+    def run(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go through a layer."""
+        self.stream.fill_layer(index, dict(tensors))
+        self.stream.run_layer(index, self._activations)
+        self._leave(index)
+
+    def beside(
+        self, stream: LayerStream, index: int, activations: Activations, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Group, Iterator[Pair], set[str]]]:
+        """Go through a layer in step with the quantized model.
+
+        Yields:
+            A group, its inputs in both models batch by batch, and those of its linears that write to the residual
+            stream.
+        """
+        layer = self.stream.fill_layer(index, dict(tensors))
+        probe = self._probe.copy()
+        writers = carriers(layer, lambda: self._through(index, probe))
+        steps = zip(stream.steps(index, activations), self.stream.steps(index, self._activations), strict=True)
+        for (group, arrivals), (_, originals) in steps:
+            writing = writers & set(group)
+            yield group, map(_pair, arrivals, originals, repeat(bool(writing))), writing
+        self._leave(index)
+
+    def _through(self, index: int, probe: Activations) -> Tensor:
+        self.stream.run_layer(index, probe)
+        return probe.get(0)
+
+    def _leave(self, index: int) -> None:
+        self.stream.run_layer(index, self._probe)
+        self.stream.empty_layer(index)
+
+
+def _pair(arrival: Arrival, original: Arrival, writing: bool) -> tuple[Tensor, Beside]:
+    residual = None
+    if writing and arrival.residual is not None and original.residual is not None:
+        residual = arrival.residual, original.residual
+    return arrival.input, Beside(original.input, residual)

@@ -1,0 +1,67 @@
+"""A model without weights: built from its config on the meta device, and filled tensor by tensor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.loop.catcher import by_layers
+from compress.model.arch import Arch, find_arch
+
+
+def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Arch]:
+    """The model with parameters on the meta device and buffers in place, and where its parts are."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
+    with by_layers(model):
+        for module in model.modules():  # buffers again, not in `dtype`: as from_pretrained makes them
+            model._init_weights(module)
+        model.tie_weights()
+    return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
+
+
+def check_present(missing: Sequence[str]) -> None:
+    """Refuse a checkpoint that lacks tensors.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    if missing:
+        raise ModelError(f"the checkpoint lacks {', '.join(missing[:3])}; config.json and weights do not match")
+
+
+def assign(
+    module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, prefix: str = ""
+) -> None:
+    """Set parameters and buffers by name, floats cast to `dtype`; names that the module lacks are passed over."""
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            raise ModelError(
+                f"{prefix}{name} has shape {list(tensor.shape)}, the config says {list(own[name].shape)}; "
+                "config.json and weights do not belong together"
+            )
+        moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        is_parameter = isinstance(own[name], nn.Parameter)
+        set_tensor(module, name, nn.Parameter(moved, requires_grad=False) if is_parameter else moved)
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter or buffer in the place of the one of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, value)

@@ -1,0 +1,113 @@
+"""What a model is made of, from config.json and tensor headers alone. Never imports torch."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from compress.errors import ModelError
+from compress.model.arch import FAMILIES, depth_of, positions_of
+from compress.model.checkpoint import Checkpoint
+
+LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Where a checkpoint keeps its parts, from tensor names: the layers' prefix, embeddings, head, linears."""
+
+    layers: str
+    embeddings: str
+    head: str
+    linears: dict[str, tuple[int, int]]
+
+
+def find_modules(checkpoint: Checkpoint) -> Modules:
+    """Decoder layers, embeddings and head of a dense checkpoint, by the family's row or by the tensors' names.
+
+    Raises:
+        ModelError: no tensors that look like decoder layers, or weights that are no floats.
+    """
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    found = [(match, info) for name, info in checkpoint.tensors.items() if (match := LAYER.fullmatch(name))]
+    prefixes = Counter(match[1] for match, _ in found)
+    layers = family.layers if family else (prefixes.most_common(1)[0][0] if prefixes else "")
+    linears = {
+        match[0].removesuffix(".weight"): (info.shape[0], info.shape[1])
+        for match, info in found
+        if match[1] == layers and len(info.shape) == 2
+    }
+    if not linears:
+        raise ModelError(f"{checkpoint.folder}: no decoder layers under {layers or 'any prefix'} in the weights")
+    odd = next((n for n in linears if checkpoint.tensors[f"{n}.weight"].dtype not in FLOATS), None)
+    if odd:
+        dtype = checkpoint.tensors[f"{odd}.weight"].dtype
+        raise ModelError(f"{checkpoint.folder}: {odd} is stored as {dtype}; give bf16, fp16 or fp32 weights")
+    outside = {n.removesuffix(".weight"): i for n, i in checkpoint.tensors.items() if not n.startswith(layers + ".")}
+    wide = [n for n, i in outside.items() if len(i.shape) == 2 and i.shape[0] == checkpoint.config.get("vocab_size")]
+    embeddings = family.embeddings if family else next((n for n in wide if "embed" in n or n.endswith("wte")), "")
+    head = family.head if family else next((n for n in wide if n != embeddings), "lm_head")
+    return Modules(layers, embeddings, head, linears)
+
+
+def check_depth(checkpoint: Checkpoint) -> None:
+    """Refuse weights of another depth than config.json says.
+
+    Raises:
+        ModelError: naming both.
+    """
+    prefix = find_modules(checkpoint).layers + "."
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.names(prefix)}
+    depth = depth_of(checkpoint.config)
+    if depth != len(layers):
+        raise ModelError(
+            f"{checkpoint.folder}: config.json says {depth} layers, the weights have {len(layers)}; "
+            "get both from the same place"
+        )
+
+
+def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        ModelError: naming the field.
+    """
+    limit = positions_of(checkpoint.config)
+    if limit is not None and sequence_length > limit:
+        raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
+
+
+def check_vocabulary(checkpoint: Checkpoint, highest: int) -> None:
+    """Refuse text with tokens that the model has no embedding for.
+
+    Args:
+        checkpoint: the model.
+        highest: the largest token id of the text.
+
+    Raises:
+        ModelError: the tokenizer is another model's.
+    """
+    info = checkpoint.tensors.get(f"{find_modules(checkpoint).embeddings}.weight")
+    if info is not None and highest >= info.shape[0]:
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer gives token {highest}, its embeddings end at {info.shape[0] - 1}; "
+            "tokenizer and weights are of different models"
+        )
+
+
+def is_tied(checkpoint: Checkpoint, modules: Modules) -> bool:
+    """Whether the head is the embeddings, stored once."""
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    return bool(tied) and f"{modules.embeddings}.weight" in checkpoint.tensors
+
+
+def parameter_count(checkpoint: Checkpoint) -> int:
+    """Parameters of a dense checkpoint; a tied head that is stored twice counts once."""
+    modules = find_modules(checkpoint)
+    skipped = f"{modules.head}.weight" if is_tied(checkpoint, modules) else ""
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        if name != skipped and info.dtype in FLOATS:
+            total += math.prod(info.shape)
+    return total

@@ -1,0 +1,150 @@
+"""The recipe: what one YAML file may say. Closed: a key that is not here is an error, never ignored.
+
+This module is the schema alone, and it never imports torch: `dscompress validate` and `--help` answer at once.
+Reading YAML, `--set`, paths and the wording of problems are in `recipe_yaml.py` and the two modules below it.
+
+Left out on purpose: templating, includes and environment variables inside recipes. A recipe is read by people
+and diffed; `--set` and `dscompress sweep` are where values vary.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from compress.recipe.quantize import Stage
+from compress.recipe.types import Closed, Count, Text
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+
+
+def _parse_switch(value: object) -> object:
+    """`evaluate: false` is null and `evaluate: true` the defaults."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+def is_local_source(source: str) -> bool:
+    """Whether a calibration source names a file here (by its suffix or a leading . / ~), not a hub dataset."""
+    return source.lower().removesuffix(".gz").endswith(LOCAL_SUFFIXES) or source.startswith((".", "/", "~"))
+
+
+class CalibrationSpec(Closed):
+    """Text that a model is run on, and how it is sampled: `samples` sequences of `sequence_length` tokens."""
+
+    name: Text | None = Field(
+        default=None, description="What reports call this text; a spec file's own name when left out."
+    )
+    source: Text = Field(
+        description="A hub dataset (allenai/c4) or a local .jsonl, .json, .parquet or .txt file, each also .gz."
+    )
+    licence: Text | None = Field(default=None, description="The text's licence, copied into reports.")
+    sha256: Annotated[str, StringConstraints(strip_whitespace=True, to_lower=True)] | None = Field(
+        default=None, description="Checksum of the local file's bytes; a file with another one is refused."
+    )
+    samples: Count = Field(default=128, ge=1, description="Number of sequences.")
+    sequence_length: Count = Field(
+        default=2048, ge=2, description="Tokens per sequence; documents are packed, never padded."
+    )
+    seed: Count = Field(default=0, ge=0, description="Seed of the sampling.")
+    split: Text = Field(default="train", description="Split of a hub dataset.")
+    subset: Text | None = Field(default=None, description="Configuration of a hub dataset, such as `en`.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
+    field: Text | None = Field(
+        default=None,
+        description="Column that holds the text; left out: `text`, else the chats in `messages` or `conversations`.",
+    )
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+            raise PydanticCustomError("sha256", "not a checksum")
+        if value is not None and source is not None and not is_local_source(source):
+            raise PydanticCustomError("hub", "is for a local file; pin a hub dataset with revision instead")
+        return value
+
+    @field_validator("split", "subset", "revision")
+    @classmethod
+    def _check_hub_only(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value not in (None, "train") and is_local_source(info.data.get("source", "")):
+            raise PydanticCustomError("local", "is for a hub dataset and source is a local file; remove it")
+        return value
+
+
+class EvaluateSpec(Closed):
+    """How base and compressed model are compared."""
+
+    text: Text = Field(
+        default="wikitext2",
+        description="Text to measure on: a spec under calibration/, a path to one, or a path to a text or jsonl file.",
+    )
+    sequence_length: Count = Field(
+        default=2048, ge=2, description="Tokens per window. Figures of two lengths are never comparable."
+    )
+    windows: Count | None = Field(default=64, ge=1, description="Number of windows; null takes the whole text.")
+    prompts: list[Text] | None = Field(
+        default=None,
+        description="Prompts whose continuations by both models the report shows; null takes three general ones.",
+    )
+
+
+class Recipe(Closed):
+    """One compression job, from a model to a checkpoint with a report."""
+
+    name: Text = Field(description="What reports call this job.")
+    model: Text = Field(
+        description="A hub id (org/name), a folder, a .gguf file, or package:NAME/FILE.gguf of an installed package."
+    )
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Allow code that comes with the model to run. Only for models whose code you have read.",
+    )
+    calibration: Annotated[
+        Annotated[Text, Tag("name or path")] | Annotated[CalibrationSpec, Tag("inline spec")],
+        Discriminator(lambda value: "inline spec" if isinstance(value, dict | CalibrationSpec) else "name or path"),
+    ] = Field(
+        default="general_en",
+        description="Text that the layers are calibrated on: a spec under calibration/, a path to one, or one inline.",
+    )
+    stages: list[Stage] = Field(
+        min_length=1,
+        description="What to do, in order; each item is a mapping with its kind, such as {kind: quantize, bits: 4}.",
+    )
+    evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_parse_switch)] = Field(
+        default=EvaluateSpec(), description="How the result is measured; false or null skips it."
+    )
+    output: Text = Field(description="Folder of the finished checkpoint and its report, such as outputs/my_model.")
+
+    @field_validator("stages")
+    @classmethod
+    def _check_order(cls, value: list[Stage]) -> list[Stage]:
+        if any(stage.kind == "quantize" for stage in value[:-1]):
+            message = "quantize comes once, as the last stage; remove or move the others"
+            raise PydanticCustomError("order", message)
+        return value
+
+
+def bundled_dir(kind: Literal["recipes", "calibration"]) -> Path:
+    """Folder of what comes with dscompress: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / kind
+    return installed if installed.is_dir() else package.parent / kind
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe as it may be written, for editors that complete and check YAML."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["evaluate"]["anyOf"].append({"type": "boolean"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

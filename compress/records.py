@@ -1,0 +1,275 @@
+"""Typed records: `report.json`, what a run came to, and `dscompress.json`, how a checkpoint came to be.
+
+A field added later comes with a default, so that the reports of older versions still load. Sizes are bytes measured
+on disk, times are seconds, `bits_per_weight` is 8 * bytes / parameters. None means: not measured, never zero.
+"""
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECORD = "dscompress.json"
+
+Interval = tuple[float, float]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Typed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Typed):
+    """The model before: where it came from and its safetensors bytes (or the bytes that they would be)."""
+
+    model: str
+    bytes: Count
+    parameters: Count
+    fingerprint: str | None = None
+
+
+class Compressed(_Typed):
+    """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included."""
+
+    path: str
+    bytes: Count
+    parameters: Count
+    bits_per_weight: float
+    quantized_bits_per_weight: float | None = None
+    format: str | None = None
+
+
+class Perplexity(_Typed):
+    """Perplexity of both models on the same tokens; never compare two protocols. `tokens` counts the predicted ones."""
+
+    base: float
+    compressed: float
+    dataset: str
+    sequence_length: Count
+    windows: Count | None = None
+    tokens: Count
+
+
+class Divergence(_Typed):
+    """KL(base || compressed), nats per token: mean with its 95 % interval (None for one window), 99th percentile."""
+
+    mean: float
+    ci95: Interval | None
+    p99: float
+
+
+class Agreement(_Typed):
+    """Share of positions, 0 to 1, at which both models rank the same token first."""
+
+    mean: float
+    ci95: Interval | None
+
+
+class Task(_Typed):
+    """One benchmark: the scores, their difference (compressed - base), its interval and p-value, the items."""
+
+    base: float
+    compressed: float
+    delta: float
+    ci95: Interval | None
+    p_value: float | None
+    n: Count
+
+
+class Quality(_Typed):
+    """What compression cost, and how that was measured (`protocol`, in words)."""
+
+    perplexity: Perplexity
+    kl: Divergence
+    top1_agreement: Agreement
+    tasks: dict[str, Task] = {}
+    kl_per_window: list[float] = []
+    dtype: str | None = None
+    protocol: str | None = None
+
+
+class Module(_Typed):
+    """One quantized matrix of shape [O, I].
+
+    `error` is the relative output error ||(W - W^) X||^2 / ||W X||^2 on the calibration inputs (None without
+    calibration), `weight_error` is ||W - W^||^2 / ||W||^2. `fallback` says what was used instead, and why.
+    `inputs` is how its inputs are rounded as the model runs (dynamic, static; None: not at all); `error` then counts
+    that too. `errors` are those under either, where one was chosen by them; `smooth` is SmoothQuant's power,
+    from which `auto` goes on.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    error: float | None = None
+    weight_error: float | None = None
+    damp: float | None = None
+    fallback: str | None = None
+    dtype: str = "int"
+    inputs: str | None = None
+    errors: dict[str, float] = {}
+    smooth: float | None = None
+
+
+class Layer(_Typed):
+    """One decoder layer; `layer` is None for what lies outside of the layers (head, embeddings)."""
+
+    layer: int | None
+    seconds: Seconds
+    modules: list[Module] = []
+
+
+class Stage(_Typed):
+    """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states."""
+
+    kind: str
+    spec: dict[str, Any] = {}
+    seconds: Seconds
+    peak_memory_bytes: Count | None
+    peak_gpu_memory_bytes: Count | None = None
+    cached: bool
+    device: str | None = None
+    dtype: str | None = None
+    resumed_layers: Count = 0
+    layers: list[Layer] = []
+
+
+class Calibration(_Typed):
+    """The calibration text that was used."""
+
+    name: str | None
+    source: str
+    licence: str | None = None
+    sequences: Count
+    sequence_length: Count
+    tokens: Count
+    sha256: str | None = None
+
+
+class Generation(_Typed):
+    """Greedy continuations of one prompt."""
+
+    prompt: str
+    base: str
+    compressed: str
+
+
+class Verified(_Typed):
+    """The written checkpoint opened again by `loader` and compared with what was computed."""
+
+    loader: str
+    max_logit_difference: float | None
+    tolerance: float | None = None
+    passed: bool
+    note: str | None = None
+
+
+class Pace(_Typed):
+    """A checkpoint opened by the stock loader in a process of its own: medians. Memory is what is resident, all told.
+
+    `prefill` is one pass over the prompt, `decode` greedy, token by token, with the cache that the prompt left.
+    `waited` is the share of its time that a thread stood ready while something else had the core.
+    """
+
+    dtype: str
+    prefill_tokens_per_second: Annotated[float, Field(gt=0)]
+    decode_tokens_per_second: Annotated[float, Field(gt=0)]
+    loaded_bytes: Count
+    peak_bytes: Count
+    waited: Annotated[float, Field(ge=0)]
+
+
+class Speed(_Typed):
+    """Base in bf16 and result on one CPU, by turns, `rounds` times. `cpu_flags`: its instructions for small numbers."""
+
+    cpu: str
+    cpu_flags: list[str]
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    rounds: Count
+    base: Pace
+    compressed: Pace
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work slowed them so much that the figures say little."""
+        return max(self.base.waited, self.compressed.waited) > 0.05
+
+
+class Machine(_Typed):
+    """Where it ran."""
+
+    cpu: str
+    cores: Count
+    memory_bytes: Count
+    gpu: str | None = None
+
+
+class Report(_Typed):
+    """`report.json`. `size_ratio` is base bytes / compressed bytes; `created` is ISO 8601; `seconds` the whole run."""
+
+    name: str
+    recipe: dict[str, Any]
+    created: str
+    seconds: Seconds
+    base: Base
+    compressed: Compressed
+    size_ratio: float
+    quality: Quality | None
+    stages: list[Stage]
+    calibration: Calibration | None = None
+    generations: list[Generation] = []
+    generations_note: str | None = None
+    verified: Verified | None
+    speed: Speed | None = None
+    speed_note: str | None = None
+    machine: Machine | None = None
+    versions: dict[str, str]
+    warnings: list[str] = []
+
+
+class Probe(_Typed):
+    """What the model in memory said to a few tokens, so that the checkpoint can be asked the same anywhere.
+
+    Args:
+        tokens: token ids, one sequence.
+        best: the most likely next token at every position.
+        logit: its logit.
+        dtype: in what precision.
+    """
+
+    tokens: list[int]
+    best: list[int]
+    logit: list[float]
+    dtype: str
+
+
+class Record(_Typed):
+    """dscompress.json: how a checkpoint came to be; `files` has the SHA-256 of each of its other files, by name."""
+
+    fingerprint: str
+    parent: str
+    base: str
+    stage: Stage
+    probe: Probe
+    files: dict[str, str]
+    created: str
+    versions: dict[str, str]
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of an artefact, or None where there is none that this version can read."""
+    try:
+        return Record.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

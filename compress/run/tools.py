@@ -1,0 +1,171 @@
+"""What stands alone beside `run`: evaluate, verify, inspect a checkpoint; look after a work folder."""
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.errors import ModelError, OutputError
+from compress.model.arch import check_code, depth_of, width_of
+from compress.model.checkpoint import Checkpoint
+from compress.model.shapes import check_length, check_vocabulary
+from compress.model.source import resolve_model
+from compress.model.tokenizer import load_tokenizer
+from compress.records import Quality, read_record
+from compress.system.files import make_writable, writing
+from compress.system.fingerprint import fingerprint
+from compress.system.locks import RunLock
+from compress.system.progress import Reporter
+
+if TYPE_CHECKING:
+    from compress.evaluate.verify import Check
+    from compress.quant.grid import FakeQuantize, Grid
+
+_KINDS = ("base", "stages", "evaluations")
+
+
+def evaluate(
+    base: str, candidate: Path, text: str, sequence_length: int, windows: int, device: str, work: Path,
+    trust_remote_code: bool, reporter: Reporter,
+) -> Quality:  # fmt: skip
+    """Compare a checkpoint with its original on a text.
+
+    Raises:
+        UserError: a model or text that can't be used, or two models with different vocabularies.
+    """
+    import torch
+
+    from compress.data.calibration import load_windows
+    from compress.evaluate.compare import compare
+    from compress.formats.dequantized import DequantizedCheckpoint
+    from compress.stages.context import Context
+    from compress.system.compute import pick_device, pick_dtype
+
+    original = Checkpoint(resolve_model(base, None, work, reporter.say))
+    result = Checkpoint(candidate)
+    check_code(original.config, base, trust_remote_code)
+    check_code(result.config, str(candidate), trust_remote_code)
+    sizes = [c.config.get("vocab_size") for c in (original, result)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{candidate}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare"
+        )
+    check_length(original, sequence_length, "--sequence-length")
+    place = pick_device(device)
+    tokens = load_windows(
+        text, load_tokenizer(original.folder, trust_remote_code), sequence_length=sequence_length, windows=windows
+    )
+    for warning in tokens.warnings:
+        reporter.warn(warning)
+    check_vocabulary(original, int(tokens.tokens.max()))
+    dtype = pick_dtype(place, torch.bfloat16)
+    context = Context(place, dtype, None, tokens.tokens[:1, :2], reporter, trust_remote_code)
+    base_id = fingerprint("base", original.fingerprint())
+    make_writable(work)
+    with writing(work):
+        quality = compare(
+            DequantizedCheckpoint(original),
+            DequantizedCheckpoint(result),
+            tokens,
+            context,
+            work / "evaluations",
+            base_id,
+        )
+    return Quality.model_validate(quality)
+
+
+def verify(checkpoint: Path, device: str, trust_remote_code: bool) -> "list[Check]":
+    """Check that a checkpoint opens and says what it should, in the precision of its record.
+
+    Raises:
+        ModelError: a damaged folder.
+    """
+    import torch
+
+    from compress.evaluate.verify import verify_checkpoint
+    from compress.system.compute import pick_device, pick_dtype
+
+    check_code(Checkpoint(checkpoint).config, str(checkpoint), trust_remote_code)
+    place = pick_device(device)
+    record = read_record(checkpoint)
+    dtype = getattr(torch, record.probe.dtype) if record else pick_dtype(place, torch.bfloat16)
+    return verify_checkpoint(checkpoint, place, dtype, trust_remote_code)
+
+
+def inspect(folder: Path) -> list[str]:
+    """Lines that describe a checkpoint.
+
+    Raises:
+        ModelError: a damaged folder.
+    """
+    from compress.formats.dequantized import DequantizedCheckpoint
+
+    checkpoint = Checkpoint(folder)
+    config, view = checkpoint.config, DequantizedCheckpoint(checkpoint)
+    lines = [
+        f"{folder}",
+        f"model      {config.get('model_type')}, {depth_of(config)} layers, "
+        f"hidden {width_of(config)}, vocabulary {config.get('vocab_size')}",
+        f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, "
+        f"{len(checkpoint.tensors)} tensors",
+    ]
+    kinds: Counter[tuple[str, str]] = Counter()
+    for name in view.tensors:
+        module = name.removesuffix(".weight")
+        grid = view.grids.get(module)
+        stored = _stored(grid, view.inputs.get(module)) if grid else view.tensors[name].dtype
+        kinds[(module.rpartition(".")[2], stored)] += 1
+    width = max(len(kind) for kind, _ in kinds)
+    lines += [f"  {kind:<{width}}  {count:>4} x {stored}" for (kind, stored), count in sorted(kinds.items())]
+    record = read_record(folder)
+    if record is not None:
+        stage = record.stage
+        lines.append(
+            f"made       {record.created} by {stage.kind} {stage.spec.get('method', '')} in {stage.seconds:.0f} s"
+        )
+    return lines
+
+
+def _stored(grid: "Grid", inputs: "FakeQuantize | None") -> str:
+    if grid.rows == -1 or (inputs and grid.group_size == -1):
+        scope = "one scale" if grid.rows == -1 else "a scale per row"
+    else:
+        scope = f"blocks of {grid.rows} x {grid.group_size}" if grid.rows > 1 else f"group {grid.group_size}"
+    how = "" if inputs is None else f", {'dynamic' if inputs.scale is None else 'static'} inputs"
+    return f"{'fp8' if grid.float8 else f'{grid.bits} bits'}, {scope}{how}"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing in a work folder."""
+
+    kind: str
+    path: Path
+    bytes: int
+
+
+def cache_entries(work: Path) -> list[CacheEntry]:
+    """What a work folder holds.
+
+    Raises:
+        OutputError: no such work folder.
+    """
+    if not (work / "lock").is_file() and not any((work / kind).is_dir() for kind in _KINDS):
+        raise OutputError(f"{work}: no work folder of dscompress; give the .dscompress beside an output")
+    entries = [(kind, path) for kind in _KINDS if (work / kind).is_dir() for path in sorted((work / kind).iterdir())]
+    return [CacheEntry(kind, path, _size(path)) for kind, path in entries if path.suffix != ".lock"]
+
+
+def clean_cache(work: Path) -> int:
+    """Delete everything in a work folder that no run is using; returns the bytes freed."""
+    freed = sum(entry.bytes for entry in cache_entries(work))
+    with RunLock(work):
+        for kind in _KINDS:
+            shutil.rmtree(work / kind, ignore_errors=True)
+    return freed
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,1 @@
+"""The quantize stage: plan.py says what it will do, run.py does it."""

@@ -1,0 +1,223 @@
+"""What a quantize stage will do to a model: which matrices become what, what can't work, how much memory it takes.
+
+All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+from compress.errors import RecipeError
+from compress.model.arch import width_of
+from compress.model.checkpoint import Checkpoint, TensorInfo
+from compress.model.shapes import LAYER, find_modules, is_tied, parameter_count
+from compress.recipe.messages import did_you_mean
+from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
+
+_HEADER_BYTES = 120  # that a tensor takes in a file's header, about
+_HEADS = ("lm_head", "embed_out")  # names by which an output head may be called, whatever the checkpoint calls it
+_BLOCK = 128  # rows and columns of the blocks of `granularity: block`
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to quantize.
+
+    Args:
+        name: module name, without ".weight".
+        shape: (O, I).
+        bits: width of a code.
+        group_size: columns that share a scale, -1 for the row.
+        symmetric: zero point fixed in the middle.
+        rows: rows that share a scale beside the columns of a group; -1 means all of them.
+        dtype: of the codes: int, or fp8.
+        inputs: how its inputs are rounded: dynamic, static, auto (one of them, chosen by error); None: not at all.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    rows: int = 1
+    dtype: str = "int"
+    inputs: str | None = None
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row."""
+        return 1 if self.group_size == -1 else self.shape[1] // self.group_size
+
+    @property
+    def kind(self) -> str:
+        """What it becomes, in a few words."""
+        return f"{self.dtype}{self.bits} {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
+
+    @property
+    def scales(self) -> int:
+        """Scales of its weights."""
+        return self.groups * (1 if self.rows == -1 else -(-self.shape[0] // self.rows))
+
+
+def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Checkpoint, where: str) -> list[Matrix]:
+    """The matrices that a quantize stage will quantize.
+
+    Args:
+        spec: the stage.
+        checkpoint: the model.
+        where: what errors start with, such as "stages.0".
+
+    Raises:
+        RecipeError: globs that match nothing, group sizes that don't divide a width; all problems at once.
+    """
+    modules = find_modules(checkpoint)
+    shapes = dict(modules.linears)
+    vocabulary = checkpoint.tensors.get(f"{modules.embeddings}.weight")
+    head = checkpoint.tensors.get(f"{modules.head}.weight", vocabulary)
+    if isinstance(spec, WeightOnlyStage) and spec.lm_head and head is not None:
+        shapes[modules.head] = _two(head)
+    if isinstance(spec, WeightOnlyStage) and spec.embeddings and vocabulary is not None:
+        shapes[modules.embeddings] = _two(vocabulary)
+    known = {name: (name,) for name in shapes} | {
+        modules.head: (modules.head, *_HEADS),
+        modules.embeddings: (modules.embeddings,),
+    }
+    ignorable = {name for names in known.values() for name in names}  # also what is left alone anyway
+    problems = _globs_without_match(spec.ignore, ignorable, shapes, where)
+    problems += _globs_without_match(spec.overrides, shapes, shapes, where)
+    kept = [
+        name for name in shapes if not any(fnmatchcase(alias, glob) for alias in known[name] for glob in spec.ignore)
+    ]
+    matrices = [_matrix(name, shapes[name], spec) for name in kept]
+    problems += _indivisible(matrices, where)
+    if not kept and not problems:
+        problems.append(f"{where}.ignore: leaves nothing to quantize; remove some of its globs")
+    if problems:
+        raise RecipeError(problems)
+    return matrices
+
+
+def _two(info: TensorInfo) -> tuple[int, int]:
+    return info.shape[0], info.shape[1]
+
+
+def _matrix(name: str, shape: tuple[int, int], spec: WeightOnlyStage | WeightActivationStage) -> Matrix:
+    if isinstance(spec, WeightActivationStage):
+        method: str = spec.method
+        for glob, other in spec.overrides.items():
+            method = other.method if fnmatchcase(name, glob) else method
+        width, rows = {"channel": (-1, 1), "tensor": (-1, -1), "block": (_BLOCK, _BLOCK)}[spec.granularity]
+        if spec.bits == 4:
+            width = spec.group_size or 32
+        return Matrix(name, shape, spec.bits, width, True, rows, spec.dtype.removesuffix("8"), method)
+    settings: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    for glob, override in spec.overrides.items():
+        if fnmatchcase(name, glob):
+            settings |= override.model_dump(exclude_none=True)
+    return Matrix(name, shape, **settings)
+
+
+def _globs_without_match(
+    globs: Iterable[str], names: Collection[str], linears: Collection[str], where: str
+) -> list[str]:
+    """A line for each glob that matches none of the names, with the linears that there are."""
+    leaves = sorted({name.rpartition(".")[2] for name in linears})
+    problems = []
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            hint = did_you_mean(glob.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in names}))
+            problems.append(f"{where}: {glob!r} matches no linear layer{hint}; there are {', '.join(leaves)}")
+    return problems
+
+
+def _indivisible(matrices: Sequence[Matrix], where: str) -> list[str]:
+    by_width: dict[tuple[int, int], list[str]] = {}
+    for matrix in matrices:
+        width = matrix.shape[1]
+        if matrix.group_size != -1 and width % matrix.group_size:
+            by_width.setdefault((matrix.group_size, width), []).append(matrix.name)
+    problems = []
+    for (group_size, width), names in by_width.items():
+        works = [str(size) for size in get_args(GroupSize) if size == -1 or width % size == 0]
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+        if matrices[0].rows != 1:
+            problems.append(
+                f"{where}.granularity: blocks of {group_size} do not divide the width {width} of {', '.join(kinds)} "
+                f"({len(names)} layers); use channel, or ignore them"
+            )
+            continue
+        problems.append(
+            f"{where}.group_size: {group_size} does not divide the width {width} of {', '.join(kinds)} "
+            f"({len(names)} layers); use {' or '.join(works)}"
+        )
+    return problems
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, in bytes; estimates from shapes.
+
+    Args:
+        base_bytes: the model's safetensors.
+        output_bytes: the checkpoint to be written.
+        memory_bytes: largest resident memory of the layer loop on a CPU that computes in 16 bits (one layer twice, its
+            largest Hessian and what solves it, a layer's inner activations for each model beside the other, embeddings
+            and head, libraries).
+        disk_bytes: free space wanted while it runs.
+        parameters: of the model.
+    """
+
+    base_bytes: int
+    output_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    parameters: int
+
+
+def estimate(
+    spec: WeightOnlyStage | WeightActivationStage,
+    matrices: Sequence[Matrix],
+    checkpoint: Checkpoint,
+    sequences: int,
+    sequence_length: int,
+) -> Estimate:
+    """Memory and disk of a quantize stage on this model with this much calibration text."""
+    modules = find_modules(checkpoint)
+    wide = any(checkpoint.tensors[f"{name}.weight"].dtype == "F32" for name in modules.linears)
+    packed = sum(quantized_bytes(m, spec.format, 4 if wide else 2) + 3 * _HEADER_BYTES for m in matrices)
+    replaced = {matrix.name for matrix in matrices} | ({modules.head} if is_tied(checkpoint, modules) else set())
+    output = checkpoint.bytes + packed - sum(_dense_bytes(checkpoint, name) for name in replaced)
+    layer: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        match = LAYER.fullmatch(name)
+        layer[match[2] if match and match[1] == modules.layers else "outside"] += info.bytes
+    outside = layer.pop("outside", 0)
+    hidden = width_of(checkpoint.config) or 0
+    widest = max(matrix.shape[1] for matrix in matrices)
+    in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
+    models = 2 if isinstance(spec, WeightOnlyStage) and spec.correction else 1
+    activations = models * 2 * sequences * sequence_length * (5 * hidden + in_layers)
+    memory = 4 * max(layer.values()) + 20 * widest**2 + activations + outside + 700_000_000
+    return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
+
+
+def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
+    info = checkpoint.tensors.get(f"{module}.weight")
+    return info.bytes if info is not None else 0
+
+
+def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
+    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
+    rows, columns = matrix.shape
+    scales = matrix.scales
+    if format == "torchao":
+        return rows * columns + (scale_bytes + (matrix.bits == 4)) * scales
+    if matrix.inputs is not None:
+        return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
+    if format == "gptq":
+        return (rows * columns + scales) * matrix.bits // 8 + 2 * scales + 4 * columns
+    zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)
+    return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16
