@@ -120,9 +120,6 @@ def run(
     """
     if max_memory is not None:  # a small memory has no room for gaps
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    from compress.run.runner import Options
-    from compress.run.runner import run as run_recipe
-
     if nproc == 1 and not dry_run:
         device = distributed.join(device)
     loaded = _load(recipe, overrides, model, output)
@@ -131,12 +128,11 @@ def run(
         raise typer.Exit(distributed.launch(nproc, device, sys.argv[1:]))
     reporter = _reporter(quiet, verbose)
     if dry_run:
-        from compress.run.artefact import work_folder
-        from compress.run.describe import describe
-
-        print("\n".join(describe(loaded, work_folder(Path(loaded.output), work), reporter)))
+        _print_plan(loaded, work, reporter)
         return
     from compress.report.write import speed_words, summary_table
+    from compress.run.runner import Options
+    from compress.run.runner import run as run_recipe
 
     report = run_recipe(loaded, Options(device, work, fresh, _bytes(max_memory)), reporter)
     if report is None:
@@ -158,16 +154,13 @@ def validate(
     debug: DebugOption = False,
 ) -> None:
     """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
-    from compress.run.warnings import cautions
+    from compress.run.plan import plan_run
 
     loaded = _load(recipe, overrides, model, output)
-    folder, base = Path(loaded.model), None
-    if folder.is_dir():
-        from compress.run.plan import open_model
-
-        base = open_model(folder, loaded)
+    folder = Path(loaded.model)
+    planned = plan_run(loaded, folder if folder.is_dir() else None)
     reporter = _reporter(False, False)
-    for line in cautions(loaded, base):
+    for line in planned.warnings:
         reporter.warn(line)
     print(f"{recipe}: valid")
 
@@ -279,7 +272,7 @@ CacheArgument = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="The wor
 @cache_app.command("ls")
 def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """List what a work folder holds, with sizes."""
-    from compress.run.tools import cache_entries
+    from compress.run.cache import cache_entries
 
     for entry in cache_entries(work_dir):
         print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.kind:<12} {entry.path.name}")
@@ -288,9 +281,24 @@ def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
 @cache_app.command("clean")
 def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """Delete what a work folder holds; finished outputs stay."""
-    from compress.run.tools import clean_cache
+    from compress.run.cache import clean_cache
 
     print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
+
+
+def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -> None:
+    """What a run would do; nothing is computed or written but a GGUF file's copy in the work folder."""
+    from compress.model.source import resolve_model
+    from compress.run.artefact import check_output, work_folder
+    from compress.run.plan import plan_run
+
+    output = Path(recipe.output)
+    check_output(output)
+    work = work_folder(output, work_dir)
+    planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say))
+    for line in planned.warnings:
+        reporter.warn(line)
+    print("\n".join(planned.lines(work)))
 
 
 def _load(reference: str, overrides: list[str] | None, model: str | None, output: Path | None) -> "Recipe":

@@ -124,7 +124,11 @@ class Layer(_Typed):
 
 
 class Stage(_Typed):
-    """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states."""
+    """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states.
+
+    `format` is that of the checkpoint it wrote (None for a dense one), `quantized_bits_per_weight` counts the quantized
+    matrices alone, their scales included.
+    """
 
     kind: str
     spec: dict[str, Any] = {}
@@ -136,6 +140,8 @@ class Stage(_Typed):
     dtype: str | None = None
     resumed_layers: Count = 0
     layers: list[Layer] = []
+    format: str | None = None
+    quantized_bits_per_weight: float | None = None
 
 
 class Calibration(_Typed):

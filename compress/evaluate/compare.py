@@ -16,9 +16,9 @@ from torch import Tensor
 from compress.data.calibration import TokenSet
 from compress.evaluate.divergence import TokenDivergence, rows_at_once, summarise, token_divergence
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import read_part, write_part
-from compress.stages.context import Context
 from compress.system.fingerprint import fingerprint
 
 CODE_VERSION = 2

@@ -13,11 +13,11 @@ import torch
 from compress.evaluate.stock import Request, Timing, ask
 from compress.evaluate.verify import torchao_dtype
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
 from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import parameter_count
 from compress.records import Pace, Speed
-from compress.stages.context import Context
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.machine import processor, versions

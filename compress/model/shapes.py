@@ -3,14 +3,47 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from compress.errors import ModelError
 from compress.model.arch import FAMILIES, depth_of, positions_of
-from compress.model.checkpoint import Checkpoint
+from compress.model.checkpoint import TensorInfo
 
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 FLOATS = ("BF16", "F16", "F32")
+
+
+class Shapes(Protocol):
+    """A model without its numbers: an open `Checkpoint`, or what a stage will make of one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the model comes from, for messages."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by name."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the safetensors files."""
+
+
+@dataclass(frozen=True)
+class PlannedShapes:
+    """`Shapes` of a checkpoint that is not there yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +56,7 @@ class Modules:
     linears: dict[str, tuple[int, int]]
 
 
-def find_modules(checkpoint: Checkpoint) -> Modules:
+def find_modules(checkpoint: Shapes) -> Modules:
     """Decoder layers, embeddings and head of a dense checkpoint, by the family's row or by the tensors' names.
 
     Raises:
@@ -51,14 +84,14 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
     return Modules(layers, embeddings, head, linears)
 
 
-def check_depth(checkpoint: Checkpoint) -> None:
+def check_depth(checkpoint: Shapes) -> None:
     """Refuse weights of another depth than config.json says.
 
     Raises:
         ModelError: naming both.
     """
     prefix = find_modules(checkpoint).layers + "."
-    layers = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.names(prefix)}
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.tensors if name.startswith(prefix)}
     depth = depth_of(checkpoint.config)
     if depth != len(layers):
         raise ModelError(
@@ -67,7 +100,7 @@ def check_depth(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> None:
+def check_length(checkpoint: Shapes, sequence_length: int, where: str) -> None:
     """Refuse sequences that are longer than the model's positions.
 
     Raises:
@@ -78,7 +111,7 @@ def check_length(checkpoint: Checkpoint, sequence_length: int, where: str) -> No
         raise ModelError(f"{where}: {sequence_length} is more than the model's {limit} positions; use at most {limit}")
 
 
-def check_vocabulary(checkpoint: Checkpoint, highest: int) -> None:
+def check_vocabulary(checkpoint: Shapes, highest: int) -> None:
     """Refuse text with tokens that the model has no embedding for.
 
     Args:
@@ -96,13 +129,13 @@ def check_vocabulary(checkpoint: Checkpoint, highest: int) -> None:
         )
 
 
-def is_tied(checkpoint: Checkpoint, modules: Modules) -> bool:
+def is_tied(checkpoint: Shapes, modules: Modules) -> bool:
     """Whether the head is the embeddings, stored once."""
     tied = checkpoint.config.get("tie_word_embeddings", False)
     return bool(tied) and f"{modules.embeddings}.weight" in checkpoint.tensors
 
 
-def parameter_count(checkpoint: Checkpoint) -> int:
+def parameter_count(checkpoint: Shapes) -> int:
     """Parameters of a dense checkpoint; a tied head that is stored twice counts once."""
     modules = find_modules(checkpoint)
     skipped = f"{modules.head}.weight" if is_tied(checkpoint, modules) else ""

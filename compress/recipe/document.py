@@ -24,6 +24,7 @@ from compress.recipe.messages import (
     Location,
     dotted,
     known_fields,
+    nearest,
     shown_path,
     shown_value,
     syntax_message,
@@ -213,11 +214,11 @@ class Document:
 
     def _add_errors(self, schema: type[BaseModel], errors: list[ErrorDetails]) -> None:
         """Notes pydantic's errors. A stage without a known kind gets only that one: its other keys mean nothing yet."""
-        kindless = {error["loc"][:-1] for error in errors if error["loc"][-1:] == ("kind",)}
         for error in errors:
-            *parents, last = error["loc"]
-            if last != "kind" and any(error["loc"][: len(stage)] == stage for stage in kindless):
+            if error["type"] == "stage_kind":
+                self._add_kind(error)
                 continue
+            *parents, last = error["loc"]
             location: Location = ()
             for part in parents:  # pydantic's path has the tags of union members too, which nobody wrote
                 location = (*location, part) if (*location, part) in self.places else location
@@ -227,6 +228,17 @@ class Document:
             wrong_type = error["type"] in ("dict_type", "model_type")
             known = known_fields(schema, location if wrong_type else holder, parents)
             self.add_problem(location, validation_message(error, known))
+
+    def _add_kind(self, error: ErrorDetails) -> None:
+        """Notes that a stage has no kind, or none that there is."""
+        kind, kinds = error["input"].get("kind"), error["ctx"]["kinds"]
+        stage = tuple(error["loc"])
+        if "kind" not in error["input"]:
+            self.add_problem((*stage, "kind"), f"is missing; add it. What the stage does: {kinds}.")
+            return
+        guess = nearest(kind, kinds.split(" or ")) if isinstance(kind, str) else None
+        hint = f" (did you mean {guess}?)" if guess else ""
+        self.add_problem((*stage, "kind"), f"{shown_value(kind)} is not allowed; use {kinds}{hint}")
 
 
 def split_assignment(assignment: str) -> tuple[list[str], str]:

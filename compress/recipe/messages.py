@@ -68,8 +68,14 @@ def known_fields(schema: type[BaseModel], location: Location, tags: Iterable[str
     for part in location:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [found for field in fields for found in _models(field.annotation)] if fields else models
+        models = [model for model in models if _kinds(model).intersection(tags)] or models
         models = [model for model in models if model.__name__ in tags] or models
     return {key: field for model in models for key, field in model.model_fields.items()}
+
+
+def _kinds(model: type[BaseModel]) -> set[Any]:
+    """The stage kinds whose specs a model describes."""
+    return set(get_args(model.model_fields["kind"].annotation)) if "kind" in model.model_fields else set()
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

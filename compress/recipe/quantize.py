@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.recipe.types import DAMP, Closed, Number, Text, parse_number, without_overridden
+from compress.recipe.types import DAMP, Closed, Number, StageSpec, Text, parse_number, without_overridden
 from compress.system.extras import torchao_problem
 
 Bits: TypeAlias = Literal[2, 3, 4, 8]
@@ -36,8 +36,10 @@ def _check_method(value: object) -> object:
     return value
 
 
-class WeightOnlyStage(Closed):
+class WeightOnlyStage(StageSpec):
     """Store the weights of linear layers as small integers with a scale per group of columns."""
+
+    last: ClassVar[bool] = True
 
     kind: Literal["quantize"] = Field(description="What the stage does: quantize.")
     method: Annotated[Literal["gptq", "rtn"], BeforeValidator(_check_method)] = Field(
@@ -136,9 +138,10 @@ class MethodOverride(Closed):
     method: Literal["dynamic", "static"] = Field(description="dynamic or static, as for the stage.")
 
 
-class WeightActivationStage(Closed):
+class WeightActivationStage(StageSpec):
     """Store the weights of linear layers in 8 (or 4) bits, and quantize their inputs to 8 bits as the model runs."""
 
+    last: ClassVar[bool] = True
     act_order: ClassVar[bool] = True  # of columns; no group is torn
     clip: ClassVar[None] = None
 
@@ -282,7 +285,7 @@ def _member(value: object) -> str:
 
 
 # The tags are the classes' names: messages look up by them which keys a stage may have.
-Stage: TypeAlias = Annotated[
+QuantizeStage: TypeAlias = Annotated[
     Annotated[WeightOnlyStage, Tag("WeightOnlyStage")] | Annotated[WeightActivationStage, Tag("WeightActivationStage")],
     Discriminator(_member),
 ]

@@ -1,15 +1,17 @@
 """The recipe: what one YAML file may say. Closed: a key that is not here is an error, never ignored.
 
 This module is the schema alone, and it never imports torch: `dscompress validate` and `--help` answer at once.
-Reading YAML, `--set`, paths and the wording of problems are in `recipe_yaml.py` and the two modules below it.
+Reading YAML, `--set`, paths and the wording of problems are in `load.py` and the two modules below it.
 
 Left out on purpose: templating, includes and environment variables inside recipes. A recipe is read by people
 and diffed; `--set` and `dscompress sweep` are where values vary.
 """
 
 import re
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -22,8 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from compress.recipe.quantize import Stage
-from compress.recipe.types import Closed, Count, Text
+from compress.recipe.types import Closed, Count, StageSpec, Text
+from compress.stages import KINDS
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -99,6 +101,25 @@ class EvaluateSpec(Closed):
     )
 
 
+def _kind(value: object) -> object:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+def _check_kind(value: object) -> object:
+    """A kind that is none gets the list of all: no stage's own schema knows it."""
+    if isinstance(value, dict) and value.get("kind") not in KINDS:
+        raise PydanticCustomError("stage_kind", "{kinds}", {"kinds": " or ".join(KINDS)})
+    return value
+
+
+if TYPE_CHECKING:
+    Stage: TypeAlias = StageSpec
+else:  # a union of what the kinds may say; pydantic wants no discriminator where there is one
+    _members = [Annotated[kind.load_spec(), Tag(name)] for name, kind in KINDS.items()]
+    _union = Annotated[reduce(or_, _members), Discriminator(_kind)] if _members[1:] else _members[0]
+    Stage = Annotated[_union, BeforeValidator(_check_kind)]
+
+
 class Recipe(Closed):
     """One compression job, from a model to a checkpoint with a report."""
 
@@ -130,9 +151,10 @@ class Recipe(Closed):
     @field_validator("stages")
     @classmethod
     def _check_order(cls, value: list[Stage]) -> list[Stage]:
-        if any(stage.kind == "quantize" for stage in value[:-1]):
-            message = "quantize comes once, as the last stage; remove or move the others"
-            raise PydanticCustomError("order", message)
+        for stage in value[:-1]:
+            if stage.last:
+                message = "{kind} comes once, as the last stage; remove or move the others"
+                raise PydanticCustomError("order", message, {"kind": stage.kind})
         return value
 
 

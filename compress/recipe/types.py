@@ -5,7 +5,7 @@ Never imports torch.
 
 import re
 from decimal import Decimal
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -67,6 +67,24 @@ class Closed(BaseModel):
     """A model whose keys are all known; a key that is not is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StageSpec(Closed):
+    """What every stage of a recipe has, whatever its kind."""
+
+    last: ClassVar[bool] = False  # whether no stage may follow
+
+    kind: str
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the stage looks at calibration text."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """The stage in a few words."""
+        raise NotImplementedError
 
 
 def without_overridden(ignore: list[str], info: ValidationInfo) -> list[str]:

@@ -1,13 +1,11 @@
-"""The figures of a report as people read them. Markdown, HTML, the model card and the terminal all take them from here.
-
-Sizes are decimal (1 MB = 10^6 bytes), as disks and downloads state them.
-"""
+"""The figures of a report as people read them: Markdown, HTML, the model card and the terminal take them from here."""
 
 import math
 import re
 from dataclasses import dataclass
 
 from compress.records import Interval, Layer, Module, Report, Speed, Stage
+from compress.system.units import count, size
 
 Row = tuple[str, str, str, str]
 _FASTER = 1.05  # times the base's speed; less is noise
@@ -22,25 +20,6 @@ class MatrixRow:
     kind: str
     module: Module
     bar: float
-
-
-def size(count: float) -> str:
-    """Bytes, three digits: 92.3 MB."""
-    return _scaled(count, ["B", "kB", "MB", "GB", "TB"])
-
-
-def count(number: float) -> str:
-    """A number of things, three digits: 134M, 8.03B."""
-    return _scaled(number, ["", "K", "M", "B", "T"])
-
-
-def _scaled(value: float, units: list[str]) -> str:
-    unit = 0
-    while value >= 999.5 and unit < len(units) - 1:
-        value, unit = value / 1000, unit + 1
-    digits = 0 if unit == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    gap = " " if units[0] else ""
-    return f"{value:.{digits}f}{gap}{units[unit]}".rstrip()
 
 
 def number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.records import Quality, Report
 from compress.report import figures
 from compress.report.figures import MatrixRow
+from compress.system.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,10 +116,10 @@ def size_bars(report: Report) -> str | None:
             axes.barh([1, 0], widths, 0.6, left=lefts, color=colour, label=name)
             for y, left, width in zip((1, 0), lefts, widths, strict=True):
                 if width > 0.12 * widest:
-                    label = figures.size(width)
+                    label = size(width)
                     axes.text(left + width / 2, y, label, color=_PANEL, ha="center", va="center_baseline")
         for y, end in ((1, report.base.bytes), (0, report.compressed.bytes)):
-            axes.text(end + 0.01 * widest, y, figures.size(end), va="center_baseline")
+            axes.text(end + 0.01 * widest, y, size(end), va="center_baseline")
         axes.set_yticks([1, 0], ["base", "compressed"])
         axes.tick_params(length=0)
         axes.xaxis.set_visible(False)

@@ -17,6 +17,7 @@ from compress.errors import OutputError
 from compress.records import Report, Stage
 from compress.report import figures
 from compress.report.figures import speed_words, summary_table
+from compress.system.units import count, size
 
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
 
@@ -180,7 +181,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("Verification", ", ".join(word for word in words if word)))
     if machine is not None:
         gpu = f", {machine.gpu}" if machine.gpu else ""
-        memory = figures.size(machine.memory_bytes)
+        memory = size(machine.memory_bytes)
         facts.append(("Machine", f"{machine.cpu}, {machine.cores} cores, {memory} memory{gpu}"))
     if report.versions:
         facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())))
@@ -197,8 +198,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "size": lambda value: "–" if value is None else figures.size(value),
-        "count": figures.count,
+        "size": lambda value: "–" if value is None else size(value),
+        "count": count,
         "number": figures.number,
         "perplexity": figures.perplexity,
         "percent": figures.percent,

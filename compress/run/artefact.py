@@ -3,21 +3,138 @@
 A work folder holds everything that makes a run repeatable and resumable:
 
     .dscompress/
-      lock                        one run at a time
-      base/<fingerprint>/         a GGUF file as a checkpoint
-      stages/<fingerprint>/       a finished stage: a checkpoint with dscompress.json
-      stages/<fingerprint>.part/  one under way: a file for each finished layer
-      evaluations/<fingerprint>*  figures, and the base model's last hidden states
+      base/<fingerprint>/          a GGUF file as a checkpoint
+      stages/<fingerprint>/        a finished stage: a checkpoint with dscompress.json
+      stages/<fingerprint>.part/   one under way: a file for each finished layer
+      stages/<fingerprint>.lock    held alone by who makes it, shared by those who use it
+      evaluations/<fingerprint>*   figures, and the base model's last hidden states
+      digests.json                 of the base model's files
 
 A folder gets its final name by one rename, when it is whole. Never imports torch.
 """
 
+import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from compress.errors import OutputError
-from compress.records import RECORD, read_record
-from compress.system.files import link_or_copy
+from compress.model.checkpoint import read_part, write_part
+from compress.records import RECORD, Probe, Record, now, read_record
+from compress.stages.contract import Result
+from compress.system.files import commit, link_or_copy, write_text
+from compress.system.fingerprint import digests
+from compress.system.locks import FileLock
+from compress.system.machine import versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ENVIRONMENT = "environment.json"  # what continuing half-done work needs to be the same
+_MATTERS = ("torch", "transformers")
+
+
+class StageArtefact:
+    """What a stage makes, in a work folder.
+
+    Used in a `with`, which ends with the run: until then nobody takes the artefact away.
+
+    Args:
+        work: the work folder.
+        key: the stage's fingerprint.
+        what: it is called when somebody has to wait for it.
+        say: told what the user should know.
+
+    Attributes:
+        folder: the finished checkpoint.
+        part: folder in which the stage works.
+    """
+
+    def __init__(self, work: Path, key: str, what: str, say: Callable[[str], None]) -> None:
+        stages = work / "stages"
+        self.key, self.folder, self.part = key, stages / key, stages / f"{key}.part"
+        self._probe = stages / f"{key}.probe.safetensors"
+        self._lock = FileLock(stages / f"{key}.lock")
+        self._what, self._say = what, say
+
+    def find(self, fresh: bool, device: str) -> Record | None:
+        """The record of a finished artefact, which may be used from now on; None where it is for this process to make.
+
+        Waits for another process that is making it.
+
+        Args:
+            fresh: make it anew in any case.
+            device: kind of device that computes.
+        """
+        if not fresh:
+            self._lock.acquire(exclusive=False, waiting=self._wait)
+            record = self._finished()
+            if record is not None:
+                return record
+            self._lock.release()
+        self._lock.acquire(exclusive=True, waiting=self._wait)
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.part, ignore_errors=True)
+        record = self._finished()
+        if record is not None:  # by a process that has been waited for
+            self._lock.acquire(exclusive=False)
+            shutil.rmtree(self.part, ignore_errors=True)
+            return record
+        self._begin(device)
+        return None
+
+    def _wait(self, holder: str) -> None:
+        self._say(f"{self._what}: waiting for {holder}, which is at work on the same")
+
+    def _finished(self) -> Record | None:
+        return read_record(self.folder) if self._probe.is_file() else None
+
+    def _begin(self, device: str) -> None:
+        """Keep what an earlier run has left half-done only if this one would compute the same."""
+        here = {name: version for name, version in versions().items() if name in _MATTERS} | {"device": device}
+        noted = self.part / _ENVIRONMENT
+        there = None
+        with suppress(OSError, ValueError):
+            there = json.loads(noted.read_text(encoding="utf-8"))
+        if self.part.exists() and there != here:
+            other = there if isinstance(there, dict) else {}
+            changes = [f"{name} {other.get(name, 'unknown')}, now {value}" for name, value in here.items()]
+            changed = "; ".join(
+                c for c, (name, value) in zip(changes, here.items(), strict=True) if other.get(name) != value
+            )
+            self._say(f"{self._what}: was begun with {changed}; starting it again")
+            shutil.rmtree(self.part)
+        self.part.mkdir(parents=True, exist_ok=True)
+        write_text(noted, json.dumps(here))
+
+    def commit(self, result: Result, *, parent: str, base: str, probe: Probe) -> None:
+        """Give what the stage has made its record and its name."""
+        made = self.part / "checkpoint"
+        record = Record(
+            fingerprint=self.key, parent=parent, base=base, stage=result.record, created=now(), versions=versions(),
+            probe=probe, files=digests(sorted(made.iterdir())),
+        )  # fmt: skip
+        write_text(made / RECORD, record.model_dump_json(indent=2) + "\n")
+        write_part(self._probe, {"logits": result.logits}, {})
+        commit(made, self.folder)
+        shutil.rmtree(self.part, ignore_errors=True)
+        self._lock.acquire(exclusive=False)
+
+    def logits(self) -> "Tensor":
+        """What the finished model said in memory, float32 [S, V]."""
+        return read_part(self._probe)[0]["logits"]
+
+    def __enter__(self) -> "StageArtefact":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
 
 
 def work_folder(output: Path, work_dir: Path | None) -> Path:

@@ -1,36 +1,142 @@
-"""A recipe beside its model: everything that would stop a run is said before it starts. Never imports torch."""
+"""A recipe beside its model: one pass over the stages, each planned on the shapes that the one before leaves.
 
+`validate`, `run --dry-run` and `run` all go by what comes out, so everything that would stop a run is said before it
+starts. Never imports torch.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from compress.errors import RecipeError
 from compress.model.arch import check_code, check_supported
 from compress.model.checkpoint import Checkpoint
-from compress.model.shapes import check_depth, check_length
-from compress.recipe.load import load_calibration_spec
-from compress.recipe.schema import CalibrationSpec, Recipe
-from compress.stages.quantize.plan import plan_matrices
+from compress.model.shapes import Shapes, check_depth, check_length, parameter_count
+from compress.recipe.load import load_calibration_spec, load_evaluation_spec
+from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
+from compress.stages import KINDS
+from compress.stages.contract import Plan
+from compress.system.fingerprint import sha256
+from compress.system.units import size
 
 
-def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
-    """A recipe's model, checked against everything that the recipe asks of it.
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do.
+
+    Args:
+        recipe: valid.
+        base: its model; None where that is not here.
+        text: calibration text.
+        stages: a plan for each stage.
+        warnings: a line each.
+    """
+
+    recipe: Recipe
+    base: Checkpoint | None
+    text: CalibrationSpec
+    stages: Sequence[Plan]
+    warnings: Sequence[str]
+
+    def lines(self, work: Path) -> list[str]:
+        """What a dry run prints.
+
+        Args:
+            work: folder for intermediate artefacts.
+        """
+        assert self.base is not None, "a dry run has the model"
+        free = size(shutil.disk_usage(_existing(work)).free)
+        rows = [("model", f"{self.recipe.model}: {parameter_count(self.base):,} parameters, {size(self.base.bytes)}")]
+        for stage in self.stages:
+            assert stage.shapes is not None
+            rows += [
+                *stage.lines[:1],
+                (
+                    "result",
+                    f"about {size(stage.shapes.bytes)}, {self.base.bytes / stage.shapes.bytes:.2f} times smaller",
+                ),
+                *stage.lines[1:],
+                ("disk", f"about {size(stage.disk_bytes)} under {work}, {free} free"),
+            ]
+        return [f"{label:<9}{text}" for label, text in [*rows, ("output", self.recipe.output)]]
+
+
+def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
+    """Check a recipe against its model.
+
+    Args:
+        recipe: valid.
+        folder: the model; None where it is not here: then only what the recipe alone shows is looked at.
 
     Raises:
         ModelError: a damaged or unsupported model, or sequences longer than its positions.
-        RecipeError: modules or group sizes that do not fit the model.
+        RecipeError: what does not fit the model; all problems of all stages at once.
     """
-    checkpoint = Checkpoint(folder)
-    check_supported(checkpoint.config, recipe.model)
-    check_code(checkpoint.config, recipe.model, recipe.trust_remote_code)
-    check_depth(checkpoint)
-    for number, stage in enumerate(recipe.stages):
-        plan_matrices(stage, checkpoint, f"stages.{number}")
+    base = None if folder is None else _open(folder, recipe)
+    text = calibration_of(recipe)
+    warnings = _flattered(recipe, text)
+    plans: list[Plan] = []
+    shapes: Shapes | None = base
+    for number, spec in enumerate(recipe.stages):
+        plans.append(KINDS[spec.kind].plan().plan(spec, shapes, f"stages.{number}", text))
+        shapes = plans[-1].shapes
+    problems = [problem for plan in plans for problem in plan.problems]
+    if problems:
+        raise RecipeError(problems)
+    if base is not None:
+        _check_lengths(recipe, base, text)
+    return RunPlan(recipe, base, text, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
+
+
+def _open(folder: Path, recipe: Recipe) -> Checkpoint:
+    base = Checkpoint(folder)
+    check_supported(base.config, recipe.model)
+    check_code(base.config, recipe.model, recipe.trust_remote_code)
+    check_depth(base)
+    return base
+
+
+def _check_lengths(recipe: Recipe, base: Checkpoint, text: CalibrationSpec) -> None:
     if any(stage.calibrates for stage in recipe.stages):
-        check_length(checkpoint, calibration_of(recipe).sequence_length, "calibration.sequence_length")
+        check_length(base, text.sequence_length, "calibration.sequence_length")
     if recipe.evaluate is not None:
-        check_length(checkpoint, recipe.evaluate.sequence_length, "evaluate.sequence_length")
-    return checkpoint
+        check_length(base, recipe.evaluate.sequence_length, "evaluate.sequence_length")
 
 
 def calibration_of(recipe: Recipe) -> CalibrationSpec:
     """A recipe's calibration spec, read from its file where the recipe names one."""
     spec = recipe.calibration
     return spec if isinstance(spec, CalibrationSpec) else load_calibration_spec(spec, base=Path.cwd())
+
+
+def _flattered(recipe: Recipe, calibration: CalibrationSpec) -> list[str]:
+    """Whether the evaluation's text has been calibrated on."""
+    if recipe.evaluate is None or not any(stage.calibrates for stage in recipe.stages):
+        return []
+    evaluation = load_evaluation_spec(recipe.evaluate.text)
+    if not _same_text(calibration, evaluation):
+        return []
+    return [
+        f"calibration and evaluate.text are the same text ({evaluation.name or Path(evaluation.source).name}), "
+        "which flatters the reported accuracy; calibrate on another, such as general_en"
+    ]
+
+
+def _same_text(one: CalibrationSpec, other: CalibrationSpec) -> bool:
+    """The same file by its bytes, or the same split of a hub dataset; how many samples are drawn does not matter."""
+    if not (is_local_source(one.source) and is_local_source(other.source)):
+        return (one.source, one.subset, one.split) == (other.source, other.subset, other.split)
+    first, second = Path(one.source).expanduser(), Path(other.source).expanduser()
+    if not (first.is_file() and second.is_file()):
+        return False  # reading them says so
+    if first.samefile(second):
+        return True
+    return first.stat().st_size == second.stat().st_size and sha256(first) == sha256(second)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder

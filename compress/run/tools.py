@@ -1,28 +1,23 @@
-"""What stands alone beside `run`: evaluate, verify, inspect a checkpoint; look after a work folder."""
+"""What stands alone beside `run`: evaluate, verify, inspect a checkpoint."""
 
-import shutil
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import ModelError, OutputError
+from compress.errors import ModelError
 from compress.model.arch import check_code, depth_of, width_of
 from compress.model.checkpoint import Checkpoint
+from compress.model.identity import identity
 from compress.model.shapes import check_length, check_vocabulary
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.records import Quality, read_record
 from compress.system.files import make_writable, writing
-from compress.system.fingerprint import fingerprint
-from compress.system.locks import RunLock
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
     from compress.evaluate.verify import Check
     from compress.quant.grid import FakeQuantize, Grid
-
-_KINDS = ("base", "stages", "evaluations")
 
 
 def evaluate(
@@ -39,7 +34,7 @@ def evaluate(
     from compress.data.calibration import load_windows
     from compress.evaluate.compare import compare
     from compress.formats.dequantized import DequantizedCheckpoint
-    from compress.stages.context import Context
+    from compress.loop.context import Context
     from compress.system.compute import pick_device, pick_dtype
 
     original = Checkpoint(resolve_model(base, None, work, reporter.say))
@@ -61,8 +56,8 @@ def evaluate(
     check_vocabulary(original, int(tokens.tokens.max()))
     dtype = pick_dtype(place, torch.bfloat16)
     context = Context(place, dtype, None, tokens.tokens[:1, :2], reporter, trust_remote_code)
-    base_id = fingerprint("base", original.fingerprint())
     make_writable(work)
+    base_id = identity(original, work)
     with writing(work):
         quality = compare(
             DequantizedCheckpoint(original),
@@ -134,38 +129,3 @@ def _stored(grid: "Grid", inputs: "FakeQuantize | None") -> str:
         scope = f"blocks of {grid.rows} x {grid.group_size}" if grid.rows > 1 else f"group {grid.group_size}"
     how = "" if inputs is None else f", {'dynamic' if inputs.scale is None else 'static'} inputs"
     return f"{'fp8' if grid.float8 else f'{grid.bits} bits'}, {scope}{how}"
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One thing in a work folder."""
-
-    kind: str
-    path: Path
-    bytes: int
-
-
-def cache_entries(work: Path) -> list[CacheEntry]:
-    """What a work folder holds.
-
-    Raises:
-        OutputError: no such work folder.
-    """
-    if not (work / "lock").is_file() and not any((work / kind).is_dir() for kind in _KINDS):
-        raise OutputError(f"{work}: no work folder of dscompress; give the .dscompress beside an output")
-    entries = [(kind, path) for kind in _KINDS if (work / kind).is_dir() for path in sorted((work / kind).iterdir())]
-    return [CacheEntry(kind, path, _size(path)) for kind, path in entries if path.suffix != ".lock"]
-
-
-def clean_cache(work: Path) -> int:
-    """Delete everything in a work folder that no run is using; returns the bytes freed."""
-    freed = sum(entry.bytes for entry in cache_entries(work))
-    with RunLock(work):
-        for kind in _KINDS:
-            shutil.rmtree(work / kind, ignore_errors=True)
-    return freed
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

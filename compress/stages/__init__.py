@@ -1,1 +1,36 @@
-"""Stages: `stage(spec, parent, output, context) -> record`, each from a checkpoint to a checkpoint folder."""
+"""The stage kinds of a recipe. A new kind is one row here and a package with plan.py and run.py (contract.py)."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where a stage kind is found; nothing is imported before it is asked for.
+
+    Args:
+        spec: `module:name` of what a recipe may say, a `StageSpec` or a union of some.
+        package: with the modules `plan` and `run`.
+    """
+
+    spec: str
+    package: str
+
+    def load_spec(self) -> Any:
+        """The type of the stage in a recipe; never imports torch."""
+        module, _, name = self.spec.partition(":")
+        return getattr(import_module(module), name)
+
+    def plan(self) -> Any:
+        """The module with `plan`; never imports torch."""
+        return import_module(f"{self.package}.plan")
+
+    def run(self) -> Any:
+        """The module with `CODE_VERSION` and `run`."""
+        return import_module(f"{self.package}.run")
+
+
+KINDS = {
+    "quantize": Kind("compress.recipe.quantize:QuantizeStage", "compress.stages.quantize"),
+}

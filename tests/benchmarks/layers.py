@@ -27,13 +27,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.data.calibration import TokenSet
+from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.quant import gptq as solver
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.statistics import Gram
 from compress.recipe.quantize import WeightOnlyStage
-from compress.stages.context import Context
 from compress.stages.quantize.run import run as stage
 from compress.stages.quantize.run import solve
 from compress.system.compute import pick_device

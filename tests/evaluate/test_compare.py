@@ -12,9 +12,9 @@ from compress.evaluate import divergence
 from compress.evaluate.compare import compare
 from compress.evaluate.divergence import TokenDivergence, summarise, token_divergence
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
-from compress.stages.context import Context
 from compress.system.progress import Reporter
 
 LENGTH, WINDOWS, VOCABULARY = 40, 3, 4096

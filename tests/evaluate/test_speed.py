@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from command import invoke
+from quantized import quantize
 from random_models import make_model, random_tokens
 
 from compress.evaluate import speed, stock, verify
 from compress.evaluate.stock import Answer, Request, Timing
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightActivationStage
 from compress.records import Report
-from compress.stages.context import Context
-from compress.stages.quantize.run import quantize
 from compress.system import extras, machine
 from compress.system.progress import Reporter
 

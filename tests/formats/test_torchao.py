@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from quantized import PROBE, quantize
 from random_models import make_model, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,13 +22,13 @@ from compress.data.calibration import TokenSet
 from compress.errors import ModelError
 from compress.evaluate import verify
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.quant.grid import FakeQuantize
 from compress.recipe.quantize import WeightActivationStage
 from compress.run.tools import inspect
-from compress.stages.context import Context
-from compress.stages.quantize import run as stage_module
-from compress.stages.quantize.run import PROBE, quantize
+from compress.stages import layerwise as stage_module
+from compress.stages.quantize.solve import Solver
 from compress.system import extras
 from compress.system.progress import Reporter
 
@@ -160,8 +161,8 @@ def test_codes_are_those_of_the_solver(
         solved.update({name: each.quantized for name, each in found.items()})
         return found
 
-    usual = stage_module.Solver.solve
-    monkeypatch.setattr(stage_module.Solver, "solve", lambda *arguments: note(usual, *arguments))
+    usual = Solver.solve
+    monkeypatch.setattr(Solver, "solve", lambda *arguments: note(usual, *arguments))
     quantize(spec(bits), Checkpoint(models()), tmp_path, context())
     stock = opens(tmp_path / "checkpoint")
     assert len(solved) == 14

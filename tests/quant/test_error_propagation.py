@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quantized import quantize
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from small_model import TRAINED
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPTN
 from compress.data.calibration import TokenSet, load_calibration
 from compress.errors import NumericalError
 from compress.loop.activations import Activations
+from compress.loop.context import Context
 from compress.loop.groups import carriers
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
@@ -21,8 +23,6 @@ from compress.quant.grid import Grid
 from compress.quant.statistics import Gram
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, bundled_dir
-from compress.stages.context import Context
-from compress.stages.quantize.run import quantize
 from compress.stages.quantize.solve import Solver
 from compress.system.progress import Reporter
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized import quantize
 from random_models import make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress import stages
 from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError, RecipeError
+from compress.loop.context import Context
 from compress.loop.folds import Fold, apply_fold, find_folds, gain_offset
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
@@ -23,8 +24,7 @@ from compress.quant.grid import FakeQuantize
 from compress.quant.observers import reach
 from compress.quant.smooth import refine, smoothing_scale
 from compress.recipe.quantize import WeightActivationStage
-from compress.stages.context import Context
-from compress.stages.quantize.run import quantize
+from compress.stages import layerwise
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_layers_of_several_kinds(family: str, tmp_path: Path, monkeypatch: pytes
     record = quantize(spec, source, tmp_path / "whole", context())
     found = [[m.name for m in layer.modules if m.smooth is not None] for layer in record.layers]
     assert [[n.rpartition(".")[2].removesuffix("_proj") for n in names] for names in found] == smoothed
-    usual, last = stages.quantize.write_part, f"layer-{len(smoothed) - 2:05d}.safetensors"
+    usual, last = layerwise.write_part, f"layer-{len(smoothed) - 2:05d}.safetensors"
 
     def stop(file: Path, *arguments: Any) -> None:
         usual(file, *arguments)
@@ -238,7 +238,7 @@ def test_layers_of_several_kinds(family: str, tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(stages.quantize, "write_part", stop)
+        patched.setattr(layerwise, "write_part", stop)
         quantize(spec, source, tmp_path / "stopped", context())
     assert quantize(spec, source, tmp_path / "stopped", context()).resumed_layers == len(smoothed) - 1
     file = "checkpoint/model.safetensors"

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import quantize
 from random_models import make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from small_model import write_model
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_length, check_vocabulary, find_modules, parameter_count
 from compress.recipe.quantize import Override, WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import Recipe
-from compress.run.plan import open_model
-from compress.stages.context import Context
-from compress.stages.quantize.plan import Matrix, estimate, plan_matrices, quantized_bytes
-from compress.stages.quantize.run import quantize
+from compress.run.plan import plan_run
+from compress.stages.quantize.matrix import Matrix
+from compress.stages.quantize.plan import estimate, plan_matrices, quantized_bytes
 from compress.system.progress import Reporter
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -190,15 +191,15 @@ def test_lengths_and_vocabularies_beyond_the_model(small: Checkpoint) -> None:
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is no decoder-only language model"),
     ],
 )
-def test_open_model_refuses_what_can_not_work(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+def test_models_that_can_not_work_are_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     folder = write_model(tmp_path / "model", **config)
     recipe = Recipe(name="r", model=str(folder), stages=[spec()], evaluate=None, output="out")
     with pytest.raises(ModelError, match=said) as caught:
-        open_model(folder, recipe)
+        plan_run(recipe, folder)
     assert "\n" not in str(caught.value)
 
 
-def test_open_model_counts_calibration_and_evaluation_lengths(tmp_path: Path) -> None:
+def test_lengths_of_calibration_and_evaluation_count(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", max_position_embeddings=64)
     calibration = {"source": "text.txt", "sequence_length": 65}
     written = {"name": "r", "model": str(folder), "output": "out", "calibration": calibration}
@@ -208,10 +209,10 @@ def test_open_model_counts_calibration_and_evaluation_lengths(tmp_path: Path) ->
         return Recipe.model_validate(written | {"stages": [stage], "evaluate": evaluate})
 
     with pytest.raises(ModelError, match=r"^calibration\.sequence_length: 65"):
-        open_model(folder, recipe("gptq", None))
+        plan_run(recipe("gptq", None), folder)
     with pytest.raises(ModelError, match=r"^evaluate\.sequence_length: 80"):
-        open_model(folder, recipe("rtn", {"sequence_length": 80}))
-    assert open_model(folder, recipe("rtn", {"sequence_length": 64})).folder == folder  # rtn needs no text
+        plan_run(recipe("rtn", {"sequence_length": 80}), folder)
+    assert plan_run(recipe("rtn", {"sequence_length": 64}), folder).base is not None  # rtn needs no text
 
 
 def test_weights_that_are_no_floats_and_checkpoints_without_layers(tmp_path: Path) -> None:

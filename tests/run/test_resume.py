@@ -106,7 +106,8 @@ def test_killed_again_and_again(folder: Path, whole: Whole) -> None:
         Moment("open", r"checkpoint/model\.safetensors$"),  # layers are merged
         Moment("open", r"layer-00003\.safetensors$", time=2),  # ... half of them
         Moment("os.rename", r"checkpoint/config\.json\.tmp -> "),
-        Moment("os.rename", r"probe\.safetensors -> .*/stages/"),
+        Moment("os.rename", r"environment\.json\.tmp -> "),
+        Moment("os.rename", r"\.probe\.tmp -> .*/stages/"),
         Moment("os.rename", r"/checkpoint -> .*/stages/"),  # the stage gets its name
         Moment("shutil.rmtree", r"[0-9a-f]\.part$"),  # ... and its scraps are removed
         Moment("os.link", r"\.out\.part/model\.safetensors$"),  # the output is put together
@@ -167,7 +168,7 @@ def test_two_at_once(folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(folder)
     second = invoke(*RUN)
     assert second.exit_code == 2
-    assert second.stderr.startswith(f"error: {folder}/.dscompress: in use by process {process.pid} since ")
+    assert second.stderr.startswith(f"error: {folder}/out: being written by process {process.pid} since ")
     process.pipe.send("go on")
     assert process.end().code == 0
     assert_same(folder / "out", whole)

@@ -13,8 +13,7 @@ from desk import TEXT
 from small_model import random_weights, write_model
 
 from compress.recipe.load import load_recipe
-from compress.run.plan import open_model
-from compress.run.warnings import cautions
+from compress.run.plan import plan_run
 
 FLATTERED = "are the same text"
 HEAD = "quantized head"
@@ -47,13 +46,13 @@ def written(folder: Path, calibration: Any, evaluate: Any, **stage: Any) -> Path
 
 
 def found(folder: Path, calibration: Any, evaluate: Any, **stage: Any) -> list[str]:
-    return cautions(load_recipe(str(written(folder, calibration, evaluate, **stage))))
+    return list(plan_run(load_recipe(str(written(folder, calibration, evaluate, **stage))), None).warnings)
 
 
 def found_in_model(folder: Path, **stage: Any) -> list[str]:
     text = {"source": "text.txt", "samples": 2, "sequence_length": 32}
     recipe = load_recipe(str(written(folder, text, False, **stage)))
-    return cautions(recipe, open_model(folder / "model", recipe))
+    return list(plan_run(recipe, folder / "model").warnings)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized import quantize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.data.calibration import load_calibration, load_windows
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightActivationStage
 from compress.recipe.schema import CalibrationSpec
-from compress.stages.context import Context
-from compress.stages.quantize.run import quantize
 from compress.system.progress import Reporter
 
 CPU, DTYPE = torch.device("cpu"), torch.float32

@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import PROBE, quantize
 from random_models import load_stock, make_model, random_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import ModelError
+from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.arch import FAMILIES, find_arch
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.model.shapes import find_modules
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
-from compress.stages.context import Context
-from compress.stages.quantize.run import PROBE, quantize
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")

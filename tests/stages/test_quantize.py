@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
+from quantized import PROBE, quantize
 from random_models import load_stock, make_model, random_tokens
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
@@ -25,13 +26,12 @@ from compress.data.calibration import TokenSet
 from compress.errors import NumericalError, RecipeError
 from compress.evaluate import verify
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.quant.grid import Grid, Quantized
 from compress.recipe.quantize import Override, WeightOnlyStage
-from compress.stages.context import Context
-from compress.stages.quantize import run as quantize_module
+from compress.stages import layerwise as quantize_module
 from compress.stages.quantize import solve as solve_module
-from compress.stages.quantize.run import PROBE, quantize
 from compress.system.compute import pick_device
 from compress.system.progress import Reporter
 

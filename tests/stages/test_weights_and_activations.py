@@ -17,6 +17,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized import PROBE, quantize
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from compress.evaluate import verify
 from compress.formats import w8a8 as eight_bit
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop import stream as stream_module
+from compress.loop.context import Context
 from compress.loop.interleave import Arrival, Passes, Step
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.quant.gptq import round_to_nearest
@@ -35,10 +37,8 @@ from compress.quant.grid import FakeQuantize, Grid
 from compress.recipe.quantize import MethodOverride, WeightActivationStage
 from compress.records import Stage
 from compress.run.tools import inspect
-from compress.stages.context import Context
-from compress.stages.quantize import run as stage_module
+from compress.stages import layerwise as stage_module
 from compress.stages.quantize.activations import ActivationScales
-from compress.stages.quantize.run import PROBE, quantize
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import PROBE, quantize
 from random_models import make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -13,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.quant.activations import static_fake_quantize
 from compress.recipe.quantize import WeightActivationStage
-from compress.stages.context import Context
-from compress.stages.quantize.run import PROBE, quantize
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")

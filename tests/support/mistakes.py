@@ -5,7 +5,7 @@ import numpy as np
 from desk import RUN, Case, Desk
 from small_model import write_model
 
-from compress.system.locks import RunLock
+from compress.system.locks import FileLock
 
 RECIPES = "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, cpu_int8, quickstart"
 EVAL = ["--sequence-length", "32", "--device", "cpu"]
@@ -21,7 +21,7 @@ def mismatched(desk: Desk) -> list[str]:
 
 
 def locked(desk: Desk) -> list[str]:
-    desk.stack.enter_context(RunLock(desk.file(".dscompress")))
+    desk.stack.enter_context(FileLock(desk.file(".out.lock"))).acquire(exclusive=True)
     return RUN
 
 
@@ -297,7 +297,7 @@ CASES = [
     Case(
         "the same recipe twice at once",
         locked,
-        "FOLDER/.dscompress: in use by process … since …; wait for that run, or give this one another --work-dir",
+        "FOLDER/out: being written by process … since …; wait for that run, or choose another --output",
     ),
     # Devices
     Case(

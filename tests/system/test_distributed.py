@@ -20,16 +20,16 @@ import pytest
 import torch
 from command import invoke
 from killable import Ended, Moment
+from quantized import quantize
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
 from compress.data.calibration import TokenSet, load_calibration
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, bundled_dir
-from compress.stages.context import Context
-from compress.stages.quantize.run import quantize
 from compress.system import distributed
 from compress.system.compute import pick_dtype
 from compress.system.progress import Reporter

@@ -23,7 +23,7 @@ from compress.quant.grid import FakeQuantize, Grid, Quantized, dynamic_fake_quan
 from compress.recipe.quantize import WeightActivationStage
 from compress.records import Module
 from compress.stages.quantize.cache_scales import CacheScales
-from compress.stages.quantize.plan import Matrix
+from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.smoothing import Smoothing
 from compress.stages.quantize.solve import Solved
 

@@ -12,57 +12,56 @@ from typing import Any, get_args
 
 from compress.errors import RecipeError
 from compress.model.arch import width_of
-from compress.model.checkpoint import Checkpoint, TensorInfo
-from compress.model.shapes import LAYER, find_modules, is_tied, parameter_count
+from compress.model.checkpoint import TensorInfo
+from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, parameter_count
 from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
+from compress.recipe.schema import CalibrationSpec
+from compress.stages.contract import Plan
+from compress.stages.quantize.matrix import Matrix
+from compress.stages.quantize.warnings import opened_by_few, refused_by_vllm
+from compress.system.units import size
 
 _HEADER_BYTES = 120  # that a tensor takes in a file's header, about
 _HEADS = ("lm_head", "embed_out")  # names by which an output head may be called, whatever the checkpoint calls it
 _BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix to quantize.
+def plan(
+    spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, where: str, text: CalibrationSpec
+) -> Plan:
+    """What the stage will do.
 
     Args:
-        name: module name, without ".weight".
-        shape: (O, I).
-        bits: width of a code.
-        group_size: columns that share a scale, -1 for the row.
-        symmetric: zero point fixed in the middle.
-        rows: rows that share a scale beside the columns of a group; -1 means all of them.
-        dtype: of the codes: int, or fp8.
-        inputs: how its inputs are rounded: dynamic, static, auto (one of them, chosen by error); None: not at all.
+        spec: the stage.
+        shapes: of the model that it gets; None where that is not here.
+        where: the stage in the recipe, such as "stages.0".
+        text: what it is calibrated on.
     """
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    symmetric: bool
-    rows: int = 1
-    dtype: str = "int"
-    inputs: str | None = None
-
-    @property
-    def groups(self) -> int:
-        """Scales in a row."""
-        return 1 if self.group_size == -1 else self.shape[1] // self.group_size
-
-    @property
-    def kind(self) -> str:
-        """What it becomes, in a few words."""
-        return f"{self.dtype}{self.bits} {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
-
-    @property
-    def scales(self) -> int:
-        """Scales of its weights."""
-        return self.groups * (1 if self.rows == -1 else -(-self.shape[0] // self.rows))
+    splits, warnings = isinstance(spec, WeightOnlyStage), opened_by_few(spec, where)
+    if shapes is None:
+        return Plan(None, warnings=warnings, splits=splits)
+    try:
+        matrices = plan_matrices(spec, shapes, where)
+    except RecipeError as error:
+        return Plan(shapes, problems=error.problems, warnings=warnings, splits=splits)
+    found = estimate(spec, matrices, shapes, text.samples, text.sequence_length)
+    kinds = ", ".join(sorted({matrix.kind for matrix in matrices}))
+    lines = [
+        ("stage", f"{spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}"),
+        (
+            "memory",
+            f"about {size(found.memory_bytes)} ({text.samples} x {text.sequence_length} calibration tokens)",
+        ),
+    ]
+    if spec.format != "torchao":
+        warnings += refused_by_vllm(matrices, find_modules(shapes).linears, where)
+    config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
+    after = PlannedShapes(shapes.folder, config, shapes.tensors, found.output_bytes)
+    return Plan(after, (), warnings, lines, found.disk_bytes, splits)
 
 
-def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Checkpoint, where: str) -> list[Matrix]:
+def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> list[Matrix]:
     """The matrices that a quantize stage will quantize.
 
     Args:
@@ -180,7 +179,7 @@ class Estimate:
 def estimate(
     spec: WeightOnlyStage | WeightActivationStage,
     matrices: Sequence[Matrix],
-    checkpoint: Checkpoint,
+    checkpoint: Shapes,
     sequences: int,
     sequence_length: int,
 ) -> Estimate:
@@ -204,7 +203,7 @@ def estimate(
     return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
 
 
-def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
+def _dense_bytes(checkpoint: Shapes, module: str) -> int:
     info = checkpoint.tensors.get(f"{module}.weight")
     return info.bytes if info is not None else 0
 

@@ -21,7 +21,7 @@ from compress.quant.activations import Sample
 from compress.quant.grid import Grid
 from compress.quant.smooth import best_scale, smoothing_scale
 from compress.recipe.quantize import WeightActivationStage
-from compress.stages.quantize.plan import Matrix
+from compress.stages.quantize.matrix import Matrix
 
 _TOKENS = 1024  # that scales are compared on
 

@@ -1,4 +1,4 @@
-"""What a stage gets beside its spec: where to compute, what to calibrate on, whom to tell."""
+"""What a run gives its stages: where to compute, what to calibrate on, whom to tell."""
 
 from dataclasses import dataclass
 
@@ -33,6 +33,11 @@ class Context:
     reporter: Reporter
     trust_remote_code: bool
     max_memory: int | None = None
+
+    def calibration(self) -> Tensor:
+        """This process's calibration sequences, [N, S]."""
+        assert self.tokens is not None, "the runner reads them where a stage calibrates"
+        return self.tokens.tokens[distributed.rank() :: distributed.world()]
 
     def room(self, layer_bytes: int, widest: int, hidden: int) -> float:
         """Bytes left for activations beside the weights, the largest Hessian's solution and one batch.

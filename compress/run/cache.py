@@ -1,0 +1,57 @@
+"""Looks after a work folder: what it holds, and deleting what no run is using."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.errors import OutputError
+from compress.system.locks import FileLock, remove_unused_locks
+
+_KINDS = ("base", "stages", "evaluations")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing in a work folder."""
+
+    kind: str
+    path: Path
+    bytes: int
+
+
+def cache_entries(work: Path) -> list[CacheEntry]:
+    """What a work folder holds.
+
+    Raises:
+        OutputError: no such work folder.
+    """
+    if not any((work / kind).is_dir() for kind in _KINDS):
+        raise OutputError(f"{work}: no work folder of dscompress; give the .dscompress beside an output")
+    entries = [(kind, path) for kind in _KINDS if (work / kind).is_dir() for path in sorted((work / kind).iterdir())]
+    return [CacheEntry(kind, path, _size(path)) for kind, path in entries if path.suffix != ".lock"]
+
+
+def clean_cache(work: Path) -> int:
+    """Delete everything in a work folder that no run is using; returns the bytes freed."""
+    freed = 0
+    for entry in cache_entries(work):
+        key = entry.path.name.partition(".")[0]
+        lock = FileLock(entry.path.with_name(f"{key}.lock"))
+        with lock:
+            try:
+                lock.acquire(exclusive=True)
+            except OutputError:
+                continue
+            if entry.path.is_dir():
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                entry.path.unlink(missing_ok=True)
+            freed += entry.bytes
+    (work / "digests.json").unlink(missing_ok=True)
+    remove_unused_locks(work)
+    return freed
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,131 @@
+"""What a run says of its result: opened again, compared with the base, asked the same prompts, timed.
+
+Figures are kept in the work folder by fingerprints, so that no run measures the same twice.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from compress import records
+from compress.data.calibration import TokenSet
+from compress.evaluate.compare import CODE_VERSION, compare
+from compress.evaluate.speed import compare_speed
+from compress.evaluate.stock import NEW_TOKENS, Request, ask
+from compress.evaluate.verify import verify_logits
+from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.context import Context
+from compress.model.checkpoint import Checkpoint
+from compress.model.shapes import parameter_count
+from compress.recipe.schema import EvaluateSpec
+from compress.system.files import write_text
+from compress.system.fingerprint import fingerprint
+from compress.system.memory import available
+
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that returns the largest number in a list.",
+    "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Base and result of a run.
+
+    Args:
+        base: the model as it was.
+        base_id: its identity.
+        result: what the stages have made.
+        key: fingerprint of the result.
+        context: where to compute, whom to tell.
+        cache: folder in which figures are kept.
+        fresh: measure anew.
+    """
+
+    base: Checkpoint
+    base_id: str
+    result: Checkpoint
+    key: str
+    context: Context
+    cache: Path
+    fresh: bool
+
+    def verify(self, expected: Tensor) -> records.Verified:
+        """The written checkpoint against the logits [S, V] that the model in memory gave for the probe."""
+        context = self.context
+        context.reporter.say("verifying: opening the checkpoint again")
+        verified = verify_logits(
+            self.result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code,
+            context.max_memory,
+        )  # fmt: skip
+        if not verified.passed:
+            reason = verified.note or "it differs"
+            context.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
+        return verified
+
+    def quality(self, windows: TokenSet | None) -> records.Quality | None:
+        """Perplexity, divergence and agreement on the evaluation's windows; None without any."""
+        if windows is None:
+            return None
+        key = fingerprint(self.base_id, self.key, windows.sha256, str(self.context.dtype), CODE_VERSION)
+        found = self.cache / f"{key}.json"
+        if found.is_file() and not self.fresh:
+            return records.Quality.model_validate_json(found.read_text(encoding="utf-8"))
+        views = DequantizedCheckpoint(self.base), DequantizedCheckpoint(self.result)
+        compared = compare(*views, windows, self.context, self.cache, self.base_id)
+        quality = records.Quality.model_validate(compared)
+        write_text(found, quality.model_dump_json())
+        return quality
+
+    def generations(self, spec: EvaluateSpec | None) -> tuple[list[records.Generation], str | None]:
+        """Continuations of the prompts by both models, or why there are none."""
+        context = self.context
+        if spec is None:
+            return [], "evaluation is turned off"
+        if self.result.config.get("quantization_config", {}).get("quant_method") == "gptq":
+            return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
+        needed = int(parameter_count(self.base) * context.dtype.itemsize * 1.3)
+        free = available(context.device, context.max_memory)
+        if needed > free:
+            return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+        prompts = list(PROMPTS if spec.prompts is None else spec.prompts)
+        if not prompts:
+            return [], "the recipe has no prompts"
+        context.reporter.say(f"generating: {len(prompts)} prompts with each model")
+        texts = []
+        for checkpoint, name in ((self.base, self.base_id), (self.result, self.key)):
+            answer = self._continuations(checkpoint, name, prompts)
+            if isinstance(answer, str):
+                return [], answer
+            texts.append(answer)
+        rows = zip(prompts, *texts, strict=True)
+        return [records.Generation(prompt=p, base=b, compressed=c) for p, b, c in rows], None
+
+    def _continuations(self, checkpoint: Checkpoint, name: str, prompts: Sequence[str]) -> list[str] | str:
+        context = self.context
+        key = fingerprint("texts", name, prompts, str(context.dtype), NEW_TOKENS)
+        cached = self.cache / f"{key}.json"
+        if cached.is_file() and not self.fresh:
+            texts: list[str] = json.loads(cached.read_text(encoding="utf-8"))
+            return texts
+        request = Request(
+            str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
+            prompts=list(prompts), trust_remote_code=context.trust_remote_code,
+        )  # fmt: skip
+        answer = ask(request)
+        if answer.failure is not None:
+            return f"the stock loader failed: {answer.failure}"
+        self.cache.mkdir(exist_ok=True)
+        write_text(cached, json.dumps(answer.continuations))
+        return answer.continuations
+
+    def speed(self) -> tuple[records.Speed | None, str | None]:
+        """How fast both run where the result's format is one that a CPU computes in integers; else nothing."""
+        method = self.result.config.get("quantization_config", {}).get("quant_method")
+        if method != "torchao" or self.context.device.type != "cpu":
+            return None, None
+        return compare_speed(self.base, self.result, self.key, self.context, self.cache, self.fresh)

@@ -1,0 +1,53 @@
+"""What a stage kind owes to the runner: a plan from shapes alone, and a result.
+
+A kind is a package with two modules (compress/stages/__init__.py lists them):
+
+    plan.py   plan(spec, shapes, where, text) -> Plan       never imports torch
+    run.py    CODE_VERSION                                  raised when the same inputs give other tensors
+              run(spec, parent, output, context) -> Result  resumable: what `output` holds already is continued
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.model.shapes import Shapes
+from compress.records import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will do to a model.
+
+    Args:
+        shapes: of the model after the stage, which the next one is planned on; None where the model is not here.
+        problems: why it can't be done, a line each, all at once; each starts with the key of the recipe.
+        warnings: what is no mistake but should be heard before the run, a line each.
+        lines: what a dry run prints, as (label, text).
+        disk_bytes: free space wanted while it runs.
+        splits: whether several processes can share the work.
+    """
+
+    shapes: Shapes | None
+    problems: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    lines: Sequence[tuple[str, str]] = ()
+    disk_bytes: int = 0
+    splits: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made: its folder `output/checkpoint` is a whole checkpoint.
+
+    Args:
+        record: for dscompress.json and the report.
+        logits: of the finished model in memory for the context's probe, float32 [S, V], on the CPU; what the written
+            checkpoint is compared with.
+    """
+
+    record: Stage
+    logits: "Tensor"

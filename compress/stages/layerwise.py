@@ -1,0 +1,252 @@
+"""The resumable walk over a model's layers: what a stage does to each of them is the stage's own.
+
+Each finished layer is a file of its own, and a run that was stopped continues behind the last one. It replays the
+finished layers with the weights that were written, which gives the activations that an uninterrupted run had, bit for
+bit.
+"""
+
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import records
+from compress.errors import NumericalError
+from compress.loop.activations import Activations
+from compress.loop.context import Context
+from compress.loop.finite import all_finite
+from compress.loop.stream import LayerStream
+from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
+from compress.recipe.types import StageSpec
+from compress.stages.contract import Result
+from compress.system import distributed
+from compress.system.files import write_text
+from compress.system.memory import PeakMemory
+
+_OUTER = "outer.safetensors"
+_NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
+    (".", "config.json", "README.md", "dscompress.json", "report."),
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json"),
+)
+
+
+class LayerTransform(ABC):
+    """What a stage does to a model. `Layerwise` calls the methods in the order in which they stand here."""
+
+    def before_layers(self) -> None:
+        """Change what the layers' inputs are computed from (the embeddings)."""
+        return
+
+    def check(self, probe: Activations) -> None:
+        """Refuse a model, before anything costly is computed; `probe` is in front of the first layer."""
+        return
+
+    def start(self, calibration: Activations | None, probe: Activations) -> None:
+        """Get ready with the activations in front of the first layer."""
+        return
+
+    @abstractmethod
+    def transform(
+        self, index: int, tensors: dict[str, Tensor], calibration: Activations | None, probe: Activations
+    ) -> tuple[dict[str, Tensor], list[records.Module]]:
+        """Change a layer, which is filled with its tensors as they are stored, and run `calibration` through it.
+
+        Returns:
+            The tensors to write, by full name, and what the report says of them. The layer is left as it runs then.
+        """
+
+    @abstractmethod
+    def restore(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take up a layer that was finished before, from what was written for it; returns what it runs with."""
+
+    @abstractmethod
+    def after_layers(
+        self, tensors: dict[str, Tensor], calibration: Activations | None
+    ) -> tuple[dict[str, Tensor], list[records.Module]]:
+        """Change what lies outside the layers (head, norm, embeddings); as `transform`."""
+
+    def metadata(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
+        """What every file's header says, from the shapes of all tensors."""
+        return {}
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """config.json of the result."""
+
+    def extra_files(self, config: dict[str, Any]) -> Mapping[str, str]:
+        """Further files of the result: their content by name."""
+        return {}
+
+
+class Layerwise:
+    """One walk.
+
+    Args:
+        spec: the stage.
+        parent: the checkpoint that the stream reads.
+        stream: the layer loop.
+        output: folder for the parts and, at the end, `output/checkpoint`; what is there already is continued.
+        context: device, calibration tokens, progress.
+    """
+
+    def __init__(
+        self, spec: StageSpec, parent: Checkpoint, stream: LayerStream, output: Path, context: Context
+    ) -> None:
+        self.spec, self.parent, self.stream, self.output, self.context = spec, parent, stream, output, context
+
+    @torch.no_grad()
+    def run(self, stage: LayerTransform) -> Result:
+        """Walk through the model.
+
+        Raises:
+            NumericalError: NaN or inf in the weights, or on the way.
+            OutputError: nothing can be written.
+        """
+        started, memory = time.monotonic(), PeakMemory(self.context.device)
+        parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(self.stream.depth)]
+        if distributed.rank() == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+        finished = distributed.first(lambda: [part.exists() for part in parts])
+        if any(finished):
+            self.context.reporter.say(f"continuing behind {sum(finished)} finished layers")
+        _check_finite(self.parent.load(self._outer_names(), self.context.device))
+        calibration, probe = self._begin(stage)
+        layers = self._layers(stage, parts, finished, calibration, probe)
+        outside, logits = self._outside(stage, calibration, probe)
+        if distributed.rank() == 0:
+            self._finish(stage, [self.output / _OUTER, *parts])
+        host, gpu = memory.peak()
+        record = records.Stage(
+            kind=self.spec.kind, spec=self.spec.model_dump(mode="json"), seconds=time.monotonic() - started,
+            peak_memory_bytes=host, peak_gpu_memory_bytes=gpu, cached=False, device=self._where(),
+            dtype=str(self.context.dtype).removeprefix("torch."), resumed_layers=sum(finished),
+            layers=layers + outside,
+        )  # fmt: skip
+        return Result(record, logits)
+
+    def _where(self) -> str:
+        """The device, for the record."""
+        device, world = self.context.device, distributed.world()
+        return str(device) if world == 1 else f"{world} x {device.type}"
+
+    def _begin(self, stage: LayerTransform) -> tuple[Activations | None, Activations]:
+        stage.before_layers()
+        with self.stream.outer():
+            probe = self.stream.start(self.context.probe)
+            stage.check(probe)
+            calibration = self.stream.start(self.context.calibration()) if self.spec.calibrates else None
+        stage.start(calibration, probe)
+        return calibration, probe
+
+    def _layers(
+        self,
+        stage: LayerTransform,
+        parts: Sequence[Path],
+        finished: Sequence[bool],
+        calibration: Activations | None,
+        probe: Activations,
+    ) -> list[records.Layer]:
+        """Run all layers; one part is written for each that was not finished before, behind the computation."""
+        stream, done = self.stream, []
+        with ThreadPoolExecutor(1, "write") as writer:
+            writing: Future[None] | None = None
+            with self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
+                for index, part in enumerate(parts):
+                    if finished[index]:
+                        done.append(self._replay(stage, index, part, calibration))
+                    else:
+                        tensors, layer = self._transform(stage, index, calibration, probe)
+                        if writing is not None:
+                            writing.result()
+                        if distributed.rank() == 0:
+                            behind = _stream_behind(self.context.device)
+                            writing = writer.submit(_write, part, tensors, layer, behind)
+                        done.append(layer)
+                    stream.run_layer(index, probe)
+                    stream.empty_layer(index)
+                    advance()
+            if writing is not None:
+                writing.result()
+        stream.close()
+        return done
+
+    def _replay(self, stage: LayerTransform, index: int, part: Path, calibration: Activations | None) -> records.Layer:
+        """Put a finished layer's weights back and run it."""
+        tensors, metadata = read_part(part)
+        tensors = {name: tensor.to(self.context.device) for name, tensor in tensors.items()}
+        self.stream.fill_layer(index, stage.restore(index, tensors))
+        if calibration is not None:
+            self.stream.run_layer(index, calibration)
+        return records.Layer.model_validate_json(metadata["layer"])
+
+    def _transform(
+        self, stage: LayerTransform, index: int, calibration: Activations | None, probe: Activations
+    ) -> tuple[dict[str, Tensor], records.Layer]:
+        started = time.monotonic()
+        raw = self.stream.load_layer(index)
+        _check_finite(raw)
+        self.stream.fill_layer(index, raw)
+        tensors, modules = stage.transform(index, raw, calibration, probe)
+        return tensors, records.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
+
+    def _outer_names(self) -> list[str]:
+        """Names of the tensors outside the decoder layers."""
+        inside = self.stream.arch.layers + "."
+        return [name for name in self.parent.tensors if not name.startswith(inside)]
+
+    def _outside(
+        self, stage: LayerTransform, calibration: Activations | None, probe: Activations
+    ) -> tuple[list[records.Layer], Tensor]:
+        """Write embeddings, norm and head; returns also what the finished model says to the probe."""
+        started = time.monotonic()
+        tensors, modules = stage.after_layers(self.parent.load(self._outer_names()), calibration)
+        with self.stream.outer():
+            logits = self.stream.logits(probe.get(0))[0].float().cpu()
+        if distributed.rank() == 0:
+            write_part(self.output / _OUTER, tensors, {})
+        seconds = time.monotonic() - started
+        return [records.Layer(layer=None, seconds=seconds, modules=modules)] if modules else [], logits
+
+    def _finish(self, stage: LayerTransform, parts: list[Path]) -> None:
+        """Join the parts to a checkpoint folder with everything that a loader wants."""
+        folder = self.output / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        merge_parts(parts, folder, stage.metadata)
+        for file in self.parent.folder.iterdir():
+            if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
+                shutil.copyfile(file, folder / file.name)
+        config = stage.config()
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, content in stage.extra_files(config).items():
+            write_text(folder / name, content)
+
+
+def _stream_behind(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of a GPU that waits for what has been asked of it so far; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _write(part: Path, tensors: dict[str, Tensor], layer: records.Layer, stream: torch.cuda.Stream | None) -> None:
+    """Write a layer's tensors; a GPU copies them in `stream`, beside what it computes by then."""
+    with torch.cuda.stream(stream):
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_part(part, tensors, {"layer": layer.model_dump_json()})
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    found = {name: all_finite(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if found and not bool(torch.stack(list(found.values())).all()):
+        name = next(name for name, finite in found.items() if not finite)
+        raise NumericalError(f"{name} holds NaN or inf: the model is damaged; download or export it again")
