@@ -131,10 +131,11 @@ def run(
         _print_plan(loaded, work, reporter)
         return
     from compress.report.write import speed_words, summary_table
-    from compress.run.runner import Options
     from compress.run.runner import run as run_recipe
 
-    report = run_recipe(loaded, Options(device, work, fresh, _bytes(max_memory)), reporter)
+    report = run_recipe(
+        loaded, device=device, work_dir=work, fresh=fresh, max_memory=_bytes(max_memory), reporter=reporter
+    )
     if report is None:
         return
     _print_table(summary_table(report))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import OutputError
-from compress.system.locks import FileLock, remove_unused_locks
+from compress.system.locks import FileLock, InUseError, remove_unused_locks
 
 _KINDS = ("base", "stages", "evaluations")
 
@@ -40,7 +40,7 @@ def clean_cache(work: Path) -> int:
         with lock:
             try:
                 lock.acquire(exclusive=True)
-            except OutputError:
+            except InUseError:
                 continue
             if entry.path.is_dir():
                 shutil.rmtree(entry.path, ignore_errors=True)

@@ -6,9 +6,8 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from compress.model.identity import identity
 from compress.model.shapes import check_vocabulary, parameter_count
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
+from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
@@ -37,7 +37,7 @@ from compress.system import distributed
 from compress.system.compute import pick_device, pick_dtype
 from compress.system.files import commit, make_writable, writing
 from compress.system.fingerprint import fingerprint
-from compress.system.locks import FileLock, remove_unused_locks
+from compress.system.locks import FileLock, InUseError, remove_unused_locks
 from compress.system.machine import machine, versions
 from compress.system.progress import Reporter
 
@@ -45,73 +45,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line adds to a recipe.
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    work_dir: str | Path | None = None,
+    fresh: bool = False,
+    max_memory: int | None = None,
+    reporter: Reporter | None = None,
+) -> records.Report | None:
+    """Run a recipe: compress a model, verify the checkpoint, measure what it cost.
+
+    The same call continues a run that was stopped, and repeats nothing that is finished.
 
     Args:
+        recipe: a recipe, the path of one, or the name of a bundled one.
+        overrides: `path=value` assignments such as `stages.0.bits=3`.
+        model: replaces the recipe's.
+        output: replaces the recipe's.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         work_dir: for intermediate artefacts; None is `.dscompress` beside the output.
         fresh: forget what earlier runs of this recipe finished.
         max_memory: bytes of memory to keep to on the device; None is what is free.
-    """
+        reporter: told what happens; None says it on standard error.
 
-    device: str = "auto"
-    work_dir: Path | None = None
-    fresh: bool = False
-    max_memory: int | None = None
-
-
-def run(recipe: Recipe, options: Options, reporter: Reporter) -> records.Report | None:
-    """Run a recipe to its report; None in a process that only helped another one with the stages.
+    Returns:
+        The report, as it is written beside the checkpoint; None in a process that only helped another one.
 
     Raises:
         UserError: something in the recipe, the model, the text or the folders that the user can mend.
         DscompressError: a run that failed otherwise.
     """
-    output = Path(recipe.output).resolve()  # behind a link: what is replaced is the folder, not the link
-    work = work_folder(output, options.work_dir)
-    if distributed.rank() > 0:
-        distributed.barrier()
-        with writing(work), _fitting():
-            return _Run(recipe, options, reporter, output, work).run()
-    check_output(output)
-    if work == output or output in work.parents:
-        raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
-    with _alone(output), _kept_tidy(work), writing(work), _fitting():
-        make_writable(work)
-        distributed.barrier()
-        return _Run(recipe, options, reporter, output, work).run()
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep other runs from writing the same output."""
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(exclusive=True)
-    except OutputError as error:
-        if "in use by" not in str(error):
-            raise
-        holder = str(error).partition("in use by ")[2]
-        raise OutputError(
-            f"{output}: being written by {holder}; wait for that run, or choose another --output"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.remove()
-
-
-@contextmanager
-def _kept_tidy(work: Path) -> Iterator[None]:
-    """A run that fails before it has made anything leaves no work folder."""
-    try:
-        yield
-    except BaseException:
-        if not any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*")):
-            remove_unused_locks(work)
-        raise
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(
+            str(recipe), overrides=overrides, model=model, output=None if output is None else str(output)
+        )
+    work = None if work_dir is None else Path(work_dir).absolute()
+    job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
+    with job.in_its_place(), _fitting():
+        job.prepare()
+        parent, parent_id = job.base, job.base_id
+        stages = []
+        with ExitStack() as kept, job.loader_ahead():
+            for spec in recipe.stages:
+                artefact, stage = job.find(spec, parent_id, kept)
+                if stage is None:
+                    result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.context)
+                    stage = job.commit(artefact, result, parent_id)
+                parent, parent_id = Checkpoint(artefact.folder), artefact.key
+                stages.append(stage)
+            return job.finish(artefact, stages) if distributed.leave() else None
 
 
 @contextmanager
@@ -129,63 +115,129 @@ def _fitting() -> Iterator[None]:
         ) from error
 
 
-class _Run:
-    """One run under way."""
+class _Job:
+    """One run under way; `prepare` finds what the stages start from."""
 
-    def __init__(self, recipe: Recipe, options: Options, reporter: Reporter, output: Path, work: Path) -> None:
-        self.recipe, self.options, self.reporter = recipe, options, reporter
-        self.output, self.work = output, work
+    base: Checkpoint
+    base_id: str
+    planned: RunPlan
+    context: Context
+    windows: TokenSet | None
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str,
+        work_dir: Path | None,
+        fresh: bool,
+        max_memory: int | None,
+        reporter: Reporter,
+    ) -> None:
+        self.recipe, self.device, self.fresh, self.max_memory = recipe, device, fresh, max_memory
+        self.reporter = reporter
+        self.output = Path(recipe.output).resolve()  # behind a link: what is replaced is the folder, not the link
+        self.work = work_folder(self.output, work_dir)
         self.started = time.monotonic()
 
-    def run(self) -> records.Report | None:
+    @contextmanager
+    def in_its_place(self) -> Iterator[None]:
+        """Hold the output against other runs; a run that fails before it has made anything leaves no work folder.
+
+        Raises:
+            OutputError: folders that can't be written, or an output that another run is writing.
+        """
+        if distributed.rank() > 0:
+            distributed.barrier()
+            with writing(self.work):
+                yield
+            return
+        check_output(self.output)
+        if self.work == self.output or self.output in self.work.parents:
+            raise OutputError(f"--work-dir {self.work}: lies in the output folder; name another folder")
+        lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
+        try:
+            lock.acquire(exclusive=True)
+        except InUseError as error:
+            raise OutputError(
+                f"{self.output}: being written by {error.holder}; wait for that run, or choose another --output"
+            ) from None
+        try:
+            make_writable(self.work)
+            distributed.barrier()
+            with writing(self.work):
+                yield
+        except BaseException:
+            if not any(path.is_file() and path.suffix != ".lock" for path in self.work.rglob("*")):
+                remove_unused_locks(self.work)
+            raise
+        finally:
+            lock.remove()
+
+    def prepare(self) -> None:
+        """Open the model, check everything that can be checked, read the text."""
         recipe = self.recipe
-        planned = plan_run(recipe, self._model())
-        self._check_splits(planned)
-        base = planned.base
-        assert base is not None, "the model has been found"
-        for line in planned.warnings:
+        self.planned = plan_run(recipe, self._model())
+        self._check_splits()
+        assert self.planned.base is not None, "the model has been found"
+        base = self.base = self.planned.base
+        for line in self.planned.warnings:
             self.reporter.warn(line)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
-        context = self._context(base, tokenizer)
-        windows = None
+        self.context = self._context(tokenizer)
+        self.windows = None
         if recipe.evaluate is not None and distributed.rank() == 0:
-            windows = self._windows(recipe.evaluate, tokenizer)
-        read = [context.probe, *(each.tokens for each in (context.tokens, windows) if each is not None)]
-        check_vocabulary(base, max(int(tokens.max()) for tokens in read))
-        base_id = distributed.first(lambda: identity(base, self.work))
-        parent, parent_id = base, base_id
-        stages = []
-        # beside a GPU the processor has time to get the stock loader ready
-        ahead = started_ahead() if context.device.type == "cuda" and distributed.rank() == 0 else nullcontext()
-        with ExitStack() as kept, ahead:
-            for spec in recipe.stages:
-                artefact, stage = self._stage(spec, parent, parent_id, base_id, context, kept)
-                parent, parent_id = Checkpoint(artefact.folder), artefact.key
-                stages.append(stage)
-            if not distributed.leave():
-                return None
-            report = self._report(planned, base_id, artefact, stages, windows, context)
-            self._publish(artefact.folder, report)
+            self.windows = self._windows(recipe.evaluate, tokenizer)
+        read = [each.tokens for each in (self.context.tokens, self.windows) if each is not None]
+        check_vocabulary(base, max(int(tokens.max()) for tokens in [self.context.probe, *read]))
+        self.base_id = distributed.first(lambda: identity(base, self.work))
+
+    def loader_ahead(self) -> AbstractContextManager[None]:
+        """Beside a GPU the processor has time to get the stock loader ready."""
+        if self.context.device.type == "cuda" and distributed.rank() == 0:
+            return started_ahead()
+        return nullcontext()
+
+    def find(self, spec: StageSpec, parent_id: str, kept: ExitStack) -> tuple[StageArtefact, records.Stage | None]:
+        """A stage's artefact, and its record if it was finished before; `kept` holds on to it until the run ends."""
+        context, kind = self.context, KINDS[spec.kind].run()
+        needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
+        processes = [distributed.world()] if distributed.world() > 1 else []  # they round sums in another order
+        key = fingerprint(
+            spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), kind.CODE_VERSION, *processes
+        )
+        if distributed.first(lambda: key) != key:
+            raise UserError(
+                f"process {distributed.rank()} has another model, precision or version of dscompress than process 0; "
+                "start all with the same"
+            )
+        artefact = kept.enter_context(StageArtefact(self.work, key, f"{spec.kind} stage", self.reporter.say))
+        found = distributed.first(lambda: artefact.find(self.fresh, context.device.type))
+        if found is None:
+            return artefact, None
+        self.reporter.say(f"{spec.kind}: finished before, taken from {artefact.folder}")
+        return artefact, found.stage.model_copy(update={"cached": True})
+
+    def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
+        """Give what a stage has made its place; returns the record."""
+        probe = probe_of(result.logits, self.context.probe[0], self.context.dtype)
+        distributed.first(lambda: artefact.commit(result, parent=parent_id, base=self.base_id, probe=probe))
+        return result.record
+
+    def finish(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
+        """Measure the result and write it to the output."""
+        report = self._report(artefact, stages)
+        self._publish(artefact.folder, report)
         return report
 
-    def _report(
-        self,
-        planned: RunPlan,
-        base_id: str,
-        artefact: StageArtefact,
-        stages: list[records.Stage],
-        windows: TokenSet | None,
-        context: Context,
-    ) -> records.Report:
-        """Verify, measure and describe what the stages have made."""
-        base, shapes, last = planned.base, planned.stages[-1].shapes, stages[-1]
-        assert base is not None and shapes is not None
+    def _report(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
+        base, shapes, last = self.base, self.planned.stages[-1].shapes, stages[-1]
+        assert shapes is not None
         result, cache = Checkpoint(artefact.folder), self.work / "evaluations"
-        measured = Measurement(base, base_id, result, artefact.key, context, cache, self.options.fresh)
+        measured = Measurement(base, self.base_id, result, artefact.key, self.context, cache, self.fresh)
         verified = measured.verify(artefact.logits())
-        quality = measured.quality(windows)
+        quality = measured.quality(self.windows)
         generations, note = measured.generations(self.recipe.evaluate)
-        speed, speed_note = measured.speed() if windows is not None else (None, None)
+        speed, speed_note = measured.speed() if self.windows is not None else (None, None)
         parameters = parameter_count(shapes)
         compressed = records.Compressed(
             path=str(self.output), bytes=result.bytes, parameters=parameters, format=last.format,
@@ -195,18 +247,18 @@ class _Run:
             name=self.recipe.name, recipe=_shown(self.recipe), created=records.now(),
             seconds=time.monotonic() - self.started,
             base=records.Base(
-                model=self.recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=base_id
+                model=self.recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=self.base_id
             ),
             compressed=compressed, size_ratio=base.bytes / result.bytes, quality=quality, stages=stages,
-            calibration=_calibration(context.tokens), generations=generations, generations_note=note,
-            verified=verified, speed=speed, speed_note=speed_note, machine=machine(context.device),
+            calibration=_calibration(self.context.tokens), generations=generations, generations_note=note,
+            verified=verified, speed=speed, speed_note=speed_note, machine=machine(self.context.device),
             versions=versions(), warnings=self.reporter.warnings,
         )  # fmt: skip
 
-    def _check_splits(self, planned: RunPlan) -> None:
+    def _check_splits(self) -> None:
         """Whether the stages can be split over several processes."""
         world = distributed.world()
-        for number, (spec, plan) in enumerate(zip(self.recipe.stages, planned.stages, strict=True)):
+        for number, (spec, plan) in enumerate(zip(self.recipe.stages, self.planned.stages, strict=True)):
             if world > 1 and not plan.splits:
                 raise UserError(
                     f"stages.{number}: {spec.title} runs in one process and there are {world}; remove --nproc"
@@ -218,10 +270,10 @@ class _Run:
         folder = distributed.first(lambda: resolve_model(model, revision, self.work, say))
         return folder if distributed.rank() == 0 else resolve_model(model, revision, self.work, say)
 
-    def _context(self, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> Context:
+    def _context(self, tokenizer: "PreTrainedTokenizerBase") -> Context:
         """Device, precision and calibration tokens."""
-        recipe = self.recipe
-        device = pick_device(self.options.device, self.options.max_memory)
+        recipe, base = self.recipe, self.base
+        device = pick_device(self.device, self.max_memory)
         tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
         stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
         dtype = pick_dtype(device, stored)
@@ -229,7 +281,7 @@ class _Run:
         cpu = f"{torch.get_num_threads()} CPU threads"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         self.reporter.say(f"{recipe.model}: {base.bytes / 1e6:,.0f} MB; computing in {dtype} on {where}")
-        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code, self.options.max_memory)
+        return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code, self.max_memory)
 
     def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
         tokens = distributed.first(lambda: load_calibration(calibration_of(self.recipe), tokenizer))
@@ -249,34 +301,6 @@ class _Run:
         for warning in windows.warnings:
             self.reporter.warn(warning)
         return windows
-
-    def _stage(
-        self, spec: StageSpec, parent: Checkpoint, parent_id: str, base_id: str, context: Context, kept: ExitStack
-    ) -> tuple[StageArtefact, records.Stage]:
-        """A stage's artefact, made or found, and its record; `kept` holds on to it until the run ends."""
-        kind = KINDS[spec.kind].run()
-        needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
-        processes = [distributed.world()] if distributed.world() > 1 else []  # they round sums in another order
-        key = fingerprint(
-            spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), kind.CODE_VERSION, *processes
-        )
-        if distributed.first(lambda: key) != key:
-            raise UserError(
-                f"process {distributed.rank()} has another model, precision or version of dscompress than process 0; "
-                "start all with the same"
-            )
-        artefact = kept.enter_context(StageArtefact(self.work, key, f"{spec.kind} stage", self.reporter.say))
-        found = distributed.first(lambda: artefact.find(self.options.fresh, context.device.type))
-        if found is not None:
-            self.reporter.say(f"{spec.kind}: finished before, taken from {artefact.folder}")
-            return artefact, found.stage.model_copy(update={"cached": True})
-        result: Result = kind.run(spec, parent, artefact.part, context)
-        distributed.first(
-            lambda: artefact.commit(
-                result, parent=parent_id, base=base_id, probe=probe_of(result.logits, context.probe[0], context.dtype)
-            )
-        )
-        return artefact, result.record
 
     def _publish(self, artefact: Path, report: records.Report) -> None:
         partial = self.output.with_name(f".{self.output.name}.part")

@@ -9,9 +9,10 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -109,16 +110,30 @@ class Layerwise:
             NumericalError: NaN or inf in the weights, or on the way.
             OutputError: nothing can be written.
         """
-        started, memory = time.monotonic(), PeakMemory(self.context.device)
-        parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(self.stream.depth)]
+        started, memory, stream = time.monotonic(), PeakMemory(self.context.device), self.stream
+        parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(stream.depth)]
         if distributed.rank() == 0:
             self.output.mkdir(parents=True, exist_ok=True)
         finished = distributed.first(lambda: [part.exists() for part in parts])
         if any(finished):
             self.context.reporter.say(f"continuing behind {sum(finished)} finished layers")
-        _check_finite(self.parent.load(self._outer_names(), self.context.device))
+        check_finite(self.parent.load(self._outer_names(), self.context.device))
         calibration, probe = self._begin(stage)
-        layers = self._layers(stage, parts, finished, calibration, probe)
+        layers = []
+        with _Writer() as writer, self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
+            for index, part in enumerate(parts):
+                if finished[index]:
+                    layers.append(self._replay(stage, index, part, calibration))
+                else:
+                    begun, raw = time.monotonic(), self._load(index)
+                    tensors, modules = stage.transform(index, raw, calibration, probe)
+                    seconds = time.monotonic() - begun
+                    layers.append(records.Layer(layer=index, seconds=seconds, modules=modules))
+                    writer.write(part, tensors, layers[-1], self.context.device)
+                stream.run_layer(index, probe)
+                stream.empty_layer(index)
+                advance()
+        stream.close()
         outside, logits = self._outside(stage, calibration, probe)
         if distributed.rank() == 0:
             self._finish(stage, [self.output / _OUTER, *parts])
@@ -145,38 +160,6 @@ class Layerwise:
         stage.start(calibration, probe)
         return calibration, probe
 
-    def _layers(
-        self,
-        stage: LayerTransform,
-        parts: Sequence[Path],
-        finished: Sequence[bool],
-        calibration: Activations | None,
-        probe: Activations,
-    ) -> list[records.Layer]:
-        """Run all layers; one part is written for each that was not finished before, behind the computation."""
-        stream, done = self.stream, []
-        with ThreadPoolExecutor(1, "write") as writer:
-            writing: Future[None] | None = None
-            with self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
-                for index, part in enumerate(parts):
-                    if finished[index]:
-                        done.append(self._replay(stage, index, part, calibration))
-                    else:
-                        tensors, layer = self._transform(stage, index, calibration, probe)
-                        if writing is not None:
-                            writing.result()
-                        if distributed.rank() == 0:
-                            behind = _stream_behind(self.context.device)
-                            writing = writer.submit(_write, part, tensors, layer, behind)
-                        done.append(layer)
-                    stream.run_layer(index, probe)
-                    stream.empty_layer(index)
-                    advance()
-            if writing is not None:
-                writing.result()
-        stream.close()
-        return done
-
     def _replay(self, stage: LayerTransform, index: int, part: Path, calibration: Activations | None) -> records.Layer:
         """Put a finished layer's weights back and run it."""
         tensors, metadata = read_part(part)
@@ -186,15 +169,12 @@ class Layerwise:
             self.stream.run_layer(index, calibration)
         return records.Layer.model_validate_json(metadata["layer"])
 
-    def _transform(
-        self, stage: LayerTransform, index: int, calibration: Activations | None, probe: Activations
-    ) -> tuple[dict[str, Tensor], records.Layer]:
-        started = time.monotonic()
+    def _load(self, index: int) -> dict[str, Tensor]:
+        """Fill a layer with its tensors as they are stored."""
         raw = self.stream.load_layer(index)
-        _check_finite(raw)
+        check_finite(raw)
         self.stream.fill_layer(index, raw)
-        tensors, modules = stage.transform(index, raw, calibration, probe)
-        return tensors, records.Layer(layer=index, seconds=time.monotonic() - started, modules=modules)
+        return raw
 
     def _outer_names(self) -> list[str]:
         """Names of the tensors outside the decoder layers."""
@@ -229,6 +209,34 @@ class Layerwise:
             write_text(folder / name, content)
 
 
+class _Writer:
+    """Writes one layer behind the computation of the next; in the process that leads, and nowhere else."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._writing: Future[None] | None = None
+
+    def write(self, part: Path, tensors: dict[str, Tensor], layer: records.Layer, device: torch.device) -> None:
+        """Write a layer's tensors; what went wrong with the layer before is raised here."""
+        self._wait()
+        if distributed.rank() == 0:
+            self._writing = self._thread.submit(_write, part, tensors, layer, _stream_behind(device))
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self._wait()
+
+
 def _stream_behind(device: torch.device) -> torch.cuda.Stream | None:
     """A stream of a GPU that waits for what has been asked of it so far; None on a CPU."""
     if device.type != "cuda":
@@ -245,7 +253,12 @@ def _write(part: Path, tensors: dict[str, Tensor], layer: records.Layer, stream:
     write_part(part, tensors, {"layer": layer.model_dump_json()})
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors (by name) that hold NaN or inf.
+
+    Raises:
+        NumericalError: naming the first.
+    """
     found = {name: all_finite(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     if found and not bool(torch.stack(list(found.values())).all()):
         name = next(name for name, finite in found.items() if not finite)

@@ -22,6 +22,19 @@ _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _LOOK = 0.2  # seconds between two tries
 
 
+class InUseError(OutputError):
+    """Another process holds a lock.
+
+    Args:
+        file: the lock.
+        holder: who holds it, in words.
+    """
+
+    def __init__(self, file: Path, holder: str) -> None:
+        super().__init__(f"{file}: in use by {holder}; wait for that run to end")
+        self.holder = holder
+
+
 class FileLock:
     """A lock by the name of a file, which is made where it is not there.
 
@@ -44,13 +57,14 @@ class FileLock:
             waiting: told once who holds it, before that one is waited for; None: don't wait.
 
         Raises:
-            OutputError: another process holds it and there is no waiting, or nothing can be written there.
+            InUseError: another process holds it and there is no waiting.
+            OutputError: nothing can be written there.
         """
         told = False
         while not self._try(exclusive):
             holder = self._holder()
             if waiting is None:
-                raise OutputError(f"{self.file}: in use by {holder}")
+                raise InUseError(self.file, holder)
             if not told:
                 waiting(holder)
                 told = True

@@ -12,7 +12,7 @@ from compress.evaluate.stock import Answer, Request
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.schema import Recipe
 from compress.records import Report
-from compress.run.runner import Options, run
+from compress.run.runner import run
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         {"name": "small", "model": str(parent), "calibration": calibration, "evaluate": None,
          "stages": [{"kind": "quantize", "group_size": 32}], "output": str(folder / "out")}
     )  # fmt: skip
-    return parent, folder / "out", run(recipe, Options(device="cpu"), Reporter(quiet=True))
+    return parent, folder / "out", run(recipe, device="cpu", reporter=Reporter(quiet=True))
 
 
 def test_a_run_writes_all_that_a_loader_and_a_reader_want(finished: Finished) -> None:

@@ -42,7 +42,7 @@ def test_codes_on_the_gpu_are_those_of_the_cpu(symmetric: bool) -> None:
 
 def test_a_run_on_the_gpu_ends_verified(tiny_model: Path, tmp_path: Path) -> None:
     from compress.recipe.schema import Recipe
-    from compress.run.runner import Options, run
+    from compress.run.runner import run
     from compress.system.progress import Reporter
 
     recipe = Recipe.model_validate(
@@ -55,7 +55,7 @@ def test_a_run_on_the_gpu_ends_verified(tiny_model: Path, tmp_path: Path) -> Non
             "output": str(tmp_path / "out"),
         }
     )
-    report = run(recipe, Options(device="cuda"), Reporter(quiet=True))
+    report = run(recipe, device="cuda", reporter=Reporter(quiet=True))
     assert report.verified is not None and report.verified.passed
     assert report.quality is not None and report.quality.kl.mean < 0.3
     assert report.stages[0].peak_gpu_memory_bytes

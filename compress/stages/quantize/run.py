@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from compress.loop.activations import Activations
 from compress.loop.attention import received_attention
 from compress.loop.context import Context
 from compress.loop.groups import Group
-from compress.loop.interleave import Passes
+from compress.loop.interleave import Arrival, Passes
 from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
@@ -211,9 +212,8 @@ class _Quantization(LayerTransform):
                 for group, pairs, writing in self.reference.beside(stream, index, calibration, tensors):
                     self._solve(layer, group, pairs, writing)
             else:
-                stream.run_layer(
-                    index, calibration, lambda group, x: self._solve(layer, group, Passes(partial(map, _alone, x)))
-                )
+                for group, arrivals in stream.steps(index, calibration):
+                    self._solve(layer, group, Passes(partial(map, _alone, arrivals)))
         modules = [each.module for each in layer.solved.values()]  # in the order in which they are used
         scales = {} if self.inputs is None else self.inputs.tensors(index, layer.solved)
         return self._packed(tensors, layer.solved) | scales, modules
@@ -238,7 +238,7 @@ class _Quantization(LayerTransform):
             return
         if self.inputs is not None:
             inputs = Passes(partial(map, itemgetter(0), pairs))
-            pairs = map(_alone, self.inputs.decide(names, inputs, layer.tensors))
+            pairs = zip(self.inputs.decide(names, inputs, layer.tensors), repeat(None))
         alike: dict[_Alike, list[str]] = {}
         for name in names:
             rounding = None if self.inputs is None else self.inputs.rounding[name]
@@ -324,9 +324,9 @@ class _Quantization(LayerTransform):
         return self.format.extra_files(config["quantization_config"])
 
 
-def _alone(batch: Tensor) -> Pair:
+def _alone(arrival: Arrival) -> Pair:
     """A batch with no original model beside it."""
-    return batch, None
+    return arrival.input, None
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
