@@ -4,7 +4,7 @@ A skeleton on the meta device comes from the config. Catchers in place of the de
 own forward passes to each (masks, rotary embeddings, sliding windows), so no family's forward code is repeated here.
 Layers are then loaded one by one, the next one prefetched.
 
-`run_layer` can stop in front of each group of linears with a common input (interleave.py), and keeps activations where
+`steps` stops in front of each group of linears with a common input (interleave.py), which keeps activations where
 there is room for them (activations.py).
 
 Dimensions: B batch, S sequence, D hidden, I inputs of a linear, V vocabulary.
@@ -15,8 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property, partial
-from operator import attrgetter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,14 +28,13 @@ from compress.loop.activations import Activations
 from compress.loop.catcher import LayerCatcher, Reached, by_layers
 from compress.loop.finite import all_finite
 from compress.loop.groups import Group, Groups, linear_groups
-from compress.loop.interleave import Passes, PathsDiffer, Step, interleaved, recompute
+from compress.loop.interleave import PathsDiffer, Step, interleaved, recompute
 from compress.loop.kv_cache import Change, attention_modules, pass_through
 from compress.loop.skeleton import assign, check_present, set_tensor, skeleton
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
 Kind = tuple[tuple[str, torch.Size], ...]
-Visit = Callable[[Group, Iterable[Tensor]], None]
 
 
 class Source(Protocol):
@@ -220,24 +218,27 @@ class LayerStream:
         arguments = _to_device(activations.of_layer(index, hidden), "meta")
         return layer, lambda: layer(hidden, **arguments)
 
-    def run_layer(self, index: int, activations: Activations, visit: Visit | None = None) -> None:
+    def run_layer(self, index: int, activations: Activations) -> None:
         """Run all batches through a filled layer, in place.
-
-        Args:
-            index: the layer.
-            activations: replaced by what the layer puts out.
-            visit: called once per group of linears, in call order, with their local names and the batches' inputs
-                [B, S, I], which it may go through several times. It may replace the group's weights before it returns.
 
         Raises:
             NumericalError: NaN or inf in what the layer puts out.
         """
-        for group, arrivals in self.steps(index, activations, [] if visit is None else None):
-            if visit is not None:
-                visit(group, Passes(partial(map, attrgetter("input"), arrivals)))
+        for _ in self.steps(index, activations, []):
+            pass
 
     def steps(self, index: int, activations: Activations, groups: list[Group] | None = None) -> Iterator[Step]:
-        """`run_layer` as a generator, which has to be exhausted; `groups` are those to stop at, all by default."""
+        """`run_layer` as a generator, which has to be exhausted.
+
+        Args:
+            index: the layer.
+            activations: replaced by what the layer puts out.
+            groups: linears with a common input to stop in front of; None is all.
+
+        Yields:
+            Each group, in call order, with the batches' arrivals in front of it, to be gone through as often as needed.
+            The group's weights may be replaced before the next step.
+        """
         layer, finite = self.layers[index], [torch.tensor(True)] * len(activations.hidden)
 
         def work(number: int) -> None:

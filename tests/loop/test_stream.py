@@ -13,6 +13,7 @@ import torch
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from visits import visit_layer
 
 from compress.errors import ModelError, NumericalError
 from compress.loop import stream as stream_module
@@ -139,7 +140,7 @@ def test_a_visit_sees_what_hooks_on_the_stock_model_see(folder: Path) -> None:
                 assert len(seen) == len(wanted) == 3
                 assert all(torch.equal(one, other) for one, other in zip(seen, wanted, strict=True))
 
-        stream.run_layer(index, activations, visit)
+        visit_layer(stream, index, activations, visit)
     assert calls == GROUPS * 3
     with stream.outer():
         last = stream.logits(activations.hidden[-1])
@@ -152,7 +153,7 @@ def test_inputs_that_a_visit_leaves_unread_change_nothing(folder: Path) -> None:
         stream = open_stream(folder)
         activations = stream.start(tokens, 2)
         stream.fill_layer(0, stream.load_layer(0))
-        stream.run_layer(0, activations, lambda _, inputs, n=read: [*itertools.islice(inputs, n)] and None)
+        visit_layer(stream, 0, activations, lambda _, inputs, n=read: [*itertools.islice(inputs, n)] and None)
         results.append(torch.cat(activations.hidden))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -201,7 +202,7 @@ def test_each_linear_sees_what_the_quantized_ones_before_it_put_out(
             stream.fill_layer(index, new)  # noqa: B023
             written.update(new)
 
-        stream.run_layer(index, activations, visit)
+        visit_layer(stream, index, activations, visit)
     assert len(written) == 21
     for name, weight in written.items():
         assert torch.equal(weight, stock.get_parameter(name)), name
@@ -219,12 +220,12 @@ def test_nan_activations_name_the_layer(folder: Path, with_visit: bool) -> None:
     activations = stream.start(random_tokens(3, 8), 2)
     visit = (lambda group, inputs: None) if with_visit else None
     stream.fill_layer(0, stream.load_layer(0))
-    stream.run_layer(0, activations, visit)
+    visit_layer(stream, 0, activations, visit)
     raw = stream.load_layer(1)
     raw["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     stream.fill_layer(1, raw)
     with pytest.raises(NumericalError, match=r"^NaN or inf in the activations behind model\.layers\.1;"):
-        stream.run_layer(1, activations, visit)
+        visit_layer(stream, 1, activations, visit)
 
 
 def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +239,7 @@ def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, mo
         stream = open_stream(folder, room=room)
         activations = stream.start(random_tokens(4, 8), 2)
         stream.fill_layer(0, stream.load_layer(0))
-        stream.run_layer(0, activations, lambda group, inputs: None)
+        visit_layer(stream, 0, activations, lambda group, inputs: None)
     assert ways == ["interleaved", "recompute"]
 
 
@@ -292,7 +293,7 @@ def test_batches_that_take_different_paths_are_caught(folder: Path, path: str, m
 
     monkeypatch.setattr(type(stream.layers[0].mlp), "forward", forward)
     with pytest.raises((ModelError, AssertionError), match=r"batches take different paths through model\.layers\.0"):
-        stream.run_layer(0, activations, lambda group, inputs: None)
+        visit_layer(stream, 0, activations, lambda group, inputs: None)
 
 
 def test_an_error_in_a_visit_comes_out_and_leaves_the_stream_usable(folder: Path) -> None:
@@ -306,7 +307,7 @@ def test_an_error_in_a_visit_comes_out_and_leaves_the_stream_usable(folder: Path
             raise NumericalError("as a solver may say")
 
     with pytest.raises(NumericalError, match="as a solver may say"):
-        stream.run_layer(0, activations, visit)
+        visit_layer(stream, 0, activations, visit)
     assert all(torch.equal(one, other) for one, other in zip(activations.hidden, before, strict=True))
     stream.run_layer(0, activations)
     other = open_stream(folder)
@@ -367,7 +368,7 @@ def test_only_one_layer_or_the_outer_parts_are_in_memory(folder: Path) -> None:
     for index in range(stream.depth):
         stream.fill_layer(index, stream.load_layer(index))
         assert held() == {str(index)}
-        stream.run_layer(index, activations, lambda group, inputs: None)
+        visit_layer(stream, index, activations, lambda group, inputs: None)
         stream.empty_layer(index)
         assert held() == set()
     with stream.outer():

@@ -100,13 +100,13 @@ def test_killed_at_a_random_moment(folder: Path, whole: Whole, moment: float) ->
 
 def test_killed_again_and_again(folder: Path, whole: Whole) -> None:
     moments = [
+        Moment("os.rename", r"environment\.json\.tmp -> "),  # a stage is begun
         Moment("open", r"layer-00000\.tmp$"),  # a layer's file is written and not yet safe on disk
         Moment("os.rename", r"layer-00002\.tmp -> "),  # ... and without its name
         Moment("open", r"outer\.tmp$"),
         Moment("open", r"checkpoint/model\.safetensors$"),  # layers are merged
         Moment("open", r"layer-00003\.safetensors$", time=2),  # ... half of them
         Moment("os.rename", r"checkpoint/config\.json\.tmp -> "),
-        Moment("os.rename", r"environment\.json\.tmp -> "),
         Moment("os.rename", r"\.probe\.tmp -> .*/stages/"),
         Moment("os.rename", r"/checkpoint -> .*/stages/"),  # the stage gets its name
         Moment("shutil.rmtree", r"[0-9a-f]\.part$"),  # ... and its scraps are removed

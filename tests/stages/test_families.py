@@ -9,6 +9,7 @@ from quantized import PROBE, quantize
 from random_models import load_stock, make_model, random_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
+from visits import visit_layer
 
 from compress.data.calibration import TokenSet
 from compress.errors import ModelError
@@ -183,7 +184,7 @@ def check_stream(folder: Path, groups: list[tuple[str, ...]]) -> None:
     for index in range(stream.depth):
         assert stream.groups(index, activations) == groups
         stream.fill_layer(index, stream.load_layer(index))
-        stream.run_layer(index, activations, lambda group, inputs: None)
+        visit_layer(stream, index, activations, lambda group, inputs: None)
         stream.empty_layer(index)
     stream.close()
     fresh = LayerStream(Checkpoint(folder), CPU, torch.bfloat16)  # as where an evaluation kept the hidden states
