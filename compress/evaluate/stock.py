@@ -18,6 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.system.distributed import alone
 from compress.system.machine import waited
 from compress.system.memory import resident
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 48
+LOGITS = "logits.safetensors"
+NO_MEMORY = "for want of memory"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did.
+    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why something did not.
+
+    With a `failure`, there are logits where it was the continuations that failed.
 
     `pace` has the figures of `compress.records.Pace`, if there was a timing.
     """
@@ -91,7 +96,7 @@ def started_ahead() -> Iterator[None]:
 def _start() -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "compress.evaluate.stock"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone()
     )
 
 
@@ -104,12 +109,15 @@ def ask(request: Request) -> Answer:
         (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
         process = _ahead.pop() if _ahead else _start()
         _, said = process.communicate(str(folder / "request.json"))
+        failure = None
         if process.returncode:
             lines = said.strip().splitlines()
-            killed = f"the loader was stopped by signal {-process.returncode}, most likely for want of memory"
-            return Answer(None, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
+            killed = f"the loader was stopped by signal {-process.returncode}, most likely {NO_MEMORY}"
+            failure = killed if process.returncode < 0 else lines[-1] if lines else "no reason given"
+        logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
+        if failure is not None:
+            return Answer(logits, [], failure)
         found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
         return Answer(logits, found["texts"], pace=found["pace"])
 
 
@@ -134,7 +142,9 @@ def _answer() -> None:
         pace = _pace(model, timing) if timing is not None else None
         if request.tokens:
             logits = model(torch.tensor([request.tokens], device=request.device), use_cache=False).logits[0]
-            save_file({"logits": logits.float().cpu().contiguous()}, folder / "logits.safetensors")
+            whole = folder / "logits.tmp"
+            save_file({"logits": logits.float().cpu().contiguous()}, whole)
+            whole.replace(folder / LOGITS)
         tokenizer = AutoTokenizer.from_pretrained(request.model, **options) if request.prompts else None
         texts = [_continue(model, tokenizer, prompt) for prompt in request.prompts]
     (folder / "answer.json").write_text(json.dumps({"texts": texts, "pace": pace}), encoding="utf-8")

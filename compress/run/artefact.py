@@ -40,6 +40,8 @@ def publish(artefact: Path, output: Path) -> None:
     for file in artefact.iterdir():
         if file.suffix == ".safetensors":
             link_or_copy(file, output / file.name)
+        elif file.is_dir():
+            shutil.copytree(file, output / file.name)
         else:
             shutil.copy2(file, output / file.name)
 
@@ -49,8 +51,9 @@ def keep_foreign(output: Path, replacement: Path) -> None:
     record = read_record(output)
     if record is None:
         return
+    recorded = {name.partition("/")[0] for name in record.files}
     for entry in output.iterdir():
-        ours = entry.name in record.files or entry.name == RECORD or (replacement / entry.name).exists()
+        ours = entry.name in recorded or entry.name == RECORD or (replacement / entry.name).exists()
         if not ours and entry.is_dir():
             shutil.copytree(entry, replacement / entry.name, symlinks=True)
         elif not ours:

@@ -4,7 +4,6 @@ What is finished is named by fingerprints, so the same command continues a run t
 does anything twice. The output folder appears by one rename, with the checkpoint and its report in it.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from compress.errors import DscompressError, OutputError, UserError
 from compress.evaluate.stock import started_ahead
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.model.shapes import check_vocabulary, parameter_count
+from compress.model.side_files import refresh
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.quantize import WeightOnlyStage
@@ -123,6 +123,7 @@ class _Run:
         read = [context.probe, *(each.tokens for each in (context.tokens, windows) if each is not None)]
         check_vocabulary(base, max(int(tokens.max()) for tokens in read))
         base_id = fingerprint("base", base.fingerprint())
+        self._check_base(base, base_id, context)
         parent, parent_id = base, base_id
         stages = []
         # beside a GPU the processor has time to get the stock loader ready
@@ -153,6 +154,13 @@ class _Run:
         )  # fmt: skip
         self._publish(parent.folder, report)
         return report
+
+    def _check_base(self, base: Checkpoint, base_id: str, context: "Context") -> None:
+        from compress.evaluate.base import check_base
+
+        generates = self.recipe.stages[-1].format != "gptq"  # transformers alone does not open the result
+        prompts = _prompts(self.recipe.evaluate) if generates else []
+        check_base(base, base_id, context, self.work / "evaluations", prompts, self.options.fresh)
 
     def _check_divisible(self) -> None:
         """Whether the stages can be split over several processes."""
@@ -236,12 +244,12 @@ class _Run:
             record = read_record(final)
             if record is not None and probe.is_file():
                 shutil.rmtree(part, ignore_errors=True)
-                return record
+                return refresh(parent.folder, final, record)
             return None
 
         def finish() -> None:
             logits = _logits(part / PROBE)
-            files = digests(sorted((part / "checkpoint").iterdir()))
+            files = digests(part / "checkpoint")
             record = Record(
                 fingerprint=key, parent=parent_id, base=base_id, stage=stage, created=now(), versions=versions(),
                 probe=probe_of(logits, context.probe[0], context.dtype), files=files,
@@ -260,13 +268,18 @@ class _Run:
         return Checkpoint(final), key, stage
 
     def _verify(self, result: Checkpoint, key: str, context: "Context") -> records.Verified:
+        import torch
+
         from compress.evaluate.verify import verify_logits
         from compress.stages.quantize.run import PROBE
 
         self.reporter.say("verifying: opening the checkpoint again")
         expected = _logits(self.work / "stages" / f"{key}.{PROBE}")
+        record = read_record(result.folder)
+        assert record is not None, "a stage's artefact has one"
+        tokens = torch.tensor(record.probe.tokens)  # the base's tokenizer may have been changed since
         verified = verify_logits(
-            result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code,
+            result.folder, tokens, expected, context.device, context.dtype, context.trust_remote_code,
             context.max_memory,
         )  # fmt: skip
         if not verified.passed:
@@ -311,39 +324,22 @@ class _Run:
         free = available(context.device, context.max_memory)
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
-        prompts = list(PROMPTS if spec.prompts is None else spec.prompts)
+        prompts = _prompts(spec)
         if not prompts:
             return [], "the recipe has no prompts"
+        from compress.evaluate.base import continuations
+
         self.reporter.say(f"generating: {len(prompts)} prompts with each model")
         texts = []
         for checkpoint, identity in ((base, base_id), (result, key)):
-            answer = self._continuations(checkpoint, identity, prompts, context)
+            answer = continuations(
+                checkpoint, identity, prompts, context, self.work / "evaluations", self.options.fresh
+            )
             if isinstance(answer, str):
                 return [], answer
             texts.append(answer)
         rows = zip(prompts, *texts, strict=True)
         return [records.Generation(prompt=p, base=b, compressed=c) for p, b, c in rows], None
-
-    def _continuations(
-        self, checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: "Context"
-    ) -> list[str] | str:
-        from compress.evaluate.stock import NEW_TOKENS, Request, ask
-
-        name = fingerprint("texts", identity, prompts, str(context.dtype), NEW_TOKENS)
-        cached = self.work / "evaluations" / f"{name}.json"
-        if cached.is_file() and not self.options.fresh:
-            texts: list[str] = json.loads(cached.read_text(encoding="utf-8"))
-            return texts
-        request = Request(
-            str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
-            prompts=list(prompts), trust_remote_code=context.trust_remote_code,
-        )  # fmt: skip
-        answer = ask(request)
-        if answer.failure is not None:
-            return f"the stock loader failed: {answer.failure}"
-        cached.parent.mkdir(exist_ok=True)
-        write_text(cached, json.dumps(answer.continuations))
-        return answer.continuations
 
     def _compressed(self, base: Checkpoint, result: Checkpoint, stages: Sequence[records.Stage]) -> records.Compressed:
         spec = self.recipe.stages[-1]
@@ -371,6 +367,10 @@ class _Run:
             commit(partial, self.output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
+
+
+def _prompts(spec: EvaluateSpec | None) -> list[str]:
+    return [] if spec is None else list(PROMPTS if spec.prompts is None else spec.prompts)
 
 
 def _logits(file: Path) -> "torch.Tensor":

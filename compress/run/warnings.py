@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from compress.model.checkpoint import Checkpoint
-from compress.model.shapes import find_modules
+from compress.model.shapes import find_modules, remarks
 from compress.recipe.load import load_evaluation_spec
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
@@ -41,6 +41,7 @@ def cautions(recipe: Recipe, base: Checkpoint | None = None) -> list[str]:
                 f"calibration and evaluate.text are the same text ({evaluation.name or Path(evaluation.source).name}), "
                 "which flatters the reported accuracy; calibrate on another, such as general_en"
             )
+    lines += remarks(base) if base is not None else []
     for number, stage in enumerate(recipe.stages):
         if base is not None and stage.format != "torchao":
             where = f"stages.{number}"

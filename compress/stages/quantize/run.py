@@ -29,7 +29,8 @@ from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
-from compress.model.shapes import find_modules
+from compress.model.shapes import find_modules, has_own_head, is_tied
+from compress.model.side_files import copy_side_files
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.grid import FakeQuantize, Grid
 from compress.quant.statistics import Gram, gram
@@ -46,10 +47,6 @@ from compress.system.memory import PeakMemory
 CODE_VERSION = 6  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
-_NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
-    (".", "config.json", "README.md", "dscompress.json", "report."),
-    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json"),
-)
 
 
 def quantize(
@@ -330,7 +327,7 @@ class _Quantization:
         started = time.monotonic()
         raw = self.parent.load(self._outer_names())
         solved |= self._head(raw, activations)
-        if self.parent.config.get("tie_word_embeddings") and f"{self.modules.embeddings}.weight" in raw:
+        if is_tied(self.parent, self.modules):
             raw.pop(f"{self.modules.head}.weight", None)  # stored once
         with self.stream.outer():
             logits = self.stream.logits(probe.get(0))[0]
@@ -346,9 +343,7 @@ class _Quantization:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         merge_parts(parts, folder, partial(self.format.metadata, self.grids))
-        for file in self.parent.folder.iterdir():
-            if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
-                shutil.copyfile(file, folder / file.name)
+        copy_side_files(self.parent.folder, folder)
         config: dict[str, Any] = dict(self.parent.config)
         grids = {self.stream.module_name(name): grid for name, grid in self.grids.items()}
         linears = [name for name, module in self.stream.model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -360,7 +355,7 @@ class _Quantization:
             self.inputs.rounding if self.inputs else {},
             self.inputs.cache_strategy if self.inputs else None,
         )
-        if self.modules.head in self.matrices:
+        if self.modules.head in self.matrices or has_own_head(self.parent, self.modules):
             config["tie_word_embeddings"] = False
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in self.format.extra_files(config["quantization_config"]).items():
