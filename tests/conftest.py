@@ -29,9 +29,9 @@ output: replaced-by-output
 def _stock_base_here() -> Iterator[None]:
     """Every run compares its base with stock transformers; tests ask it in their own process."""
     with pytest.MonkeyPatch.context() as patch:
-        from stock_here import ask_here  # here, so that the environment is set before anything is imported
+        from stock_here import asked_here  # here, so that the environment is set before anything is imported
 
-        patch.setattr("compress.evaluate.base.ask", ask_here)
+        patch.setattr("compress.evaluate.base.asked", asked_here)
         yield
 
 

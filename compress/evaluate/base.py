@@ -6,14 +6,14 @@ every one of them wrong, so its logits on the probe are asked for once, and what
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from compress.errors import ModelError, NumericalError, VerificationError
-from compress.evaluate.stock import NEW_TOKENS, NO_MEMORY, Answer, Request, ask
+from compress.evaluate.stock import NEW_TOKENS, NO_MEMORY, Answer, Request, ask, asked
 from compress.evaluate.verify import stock_refusal, stream_logits, tolerance_of
+from compress.loop.finite import all_finite
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.model.side_files import side_digest
@@ -78,20 +78,21 @@ def _compare(
         context.reporter.say(f"the base was not compared with stock transformers: {refusal}")
         return
     context.reporter.say("comparing the base with stock transformers")
-    asked = [] if kept.is_file() else list(prompts)
-    request = Request(str(base.folder), str(context.device), dtype, tokens.tolist(), asked, context.trust_remote_code)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ask, request)
+    wanted = [] if kept.is_file() else list(prompts)
+    request = Request(str(base.folder), str(context.device), dtype, tokens.tolist(), wanted, context.trust_remote_code)
+    with asked(request) as wait:
         try:
             own = stream_logits(stream, tokens)
         except NumericalError:
             return  # the stage says which tensor it is
-    answer = waiting.result()
+        if not all_finite(own):
+            return
+        answer = wait()
     difference, allowed = _difference(base, answer, own, context)
     if difference is None:
         return
     cache.mkdir(parents=True, exist_ok=True)
-    if asked:
+    if wanted:
         write_text(kept, json.dumps(answer.continuations))
     write_text(verdict, json.dumps({"max_logit_difference": difference, "tolerance": allowed}))
 

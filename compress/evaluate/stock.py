@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -102,23 +102,42 @@ def _start() -> "subprocess.Popen[str]":
 
 def ask(request: Request) -> Answer:
     """Run the request in a process of its own and wait for it."""
-    from safetensors.torch import load_file
+    with asked(request) as answer:
+        return answer()
 
+
+@contextmanager
+def asked(request: Request) -> Iterator[Callable[[], Answer]]:
+    """Inside, a process of its own works at the request; what is given waits for its answer."""
     with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
         folder = Path(scratch)
         (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
         process = _ahead.pop() if _ahead else _start()
-        _, said = process.communicate(str(folder / "request.json"))
-        failure = None
-        if process.returncode:
-            lines = said.strip().splitlines()
-            killed = f"the loader was stopped by signal {-process.returncode}, most likely {NO_MEMORY}"
-            failure = killed if process.returncode < 0 else lines[-1] if lines else "no reason given"
-        logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
-        if failure is not None:
-            return Answer(logits, [], failure)
-        found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        return Answer(logits, found["texts"], pace=found["pace"])
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; its last words are read below
+            process.stdin.write(str(folder / "request.json"))
+            process.stdin.close()
+        process.stdin = None
+        try:
+            yield lambda: _answer_of(process, folder)
+        finally:
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def _answer_of(process: "subprocess.Popen[str]", folder: Path) -> Answer:
+    from safetensors.torch import load_file
+
+    _, said = process.communicate()
+    logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
+    if process.returncode:
+        lines = said.strip().splitlines()
+        killed = f"the loader was stopped by signal {-process.returncode}, most likely {NO_MEMORY}"
+        return Answer(logits, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
+    found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return Answer(logits, found["texts"], pace=found["pace"])
 
 
 def _answer() -> None:

@@ -79,7 +79,7 @@ class Checkpoint:
         self._equal: dict[tuple[str, str], bool] = {}
         beyond = layers_beyond(self.tensors, self.config)
         if beyond:
-            self.remarks.append(self.leave_out(beyond, f"config.json counts {depth_of(self.config)} layers"))
+            self.remarks.append(self.leave_out(beyond, f"the depth in config.json is {depth_of(self.config)}"))
 
     def leave_out(self, names: Sequence[str], why: str) -> str:
         """Read the checkpoint as if it did not hold these tensors; returns what to tell its user."""

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from signal import SIGKILL, Signals
 
-from stock_here import ask_here
+from stock_here import asked_here
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -109,7 +109,7 @@ def _work(
     from compress.cli import main
     from compress.evaluate import base
 
-    base.ask = ask_here
+    base.asked = asked_here
     os.environ.update(environment)
     gc.freeze()  # what was imported before the fork never needs to be looked through
     os.chdir(folder)
