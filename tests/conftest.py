@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ stages:
 evaluate: {text: wikitext2, sequence_length: 128, windows: 4, prompts: ["The library"]}
 output: replaced-by-output
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stock_base_here() -> Iterator[None]:
+    """Every run compares its base with stock transformers; tests ask it in their own process."""
+    with pytest.MonkeyPatch.context() as patch:
+        from stock_here import asked_here  # here, so that the environment is set before anything is imported
+
+        patch.setattr("compress.evaluate.base.asked", asked_here)
+        yield
 
 
 @pytest.fixture(scope="session")

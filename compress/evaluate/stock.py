@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.system.distributed import alone
 from compress.system.machine import waited
 from compress.system.memory import resident
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 48
+LOGITS = "logits.safetensors"
+NO_MEMORY = "for want of memory"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did.
+    """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why something did not.
+
+    With a `failure`, there are logits where it was the continuations that failed.
 
     `pace` has the figures of `compress.records.Pace`, if there was a timing.
     """
@@ -91,26 +96,48 @@ def started_ahead() -> Iterator[None]:
 def _start() -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "compress.evaluate.stock"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone()
     )
 
 
 def ask(request: Request) -> Answer:
     """Run the request in a process of its own and wait for it."""
-    from safetensors.torch import load_file
+    with asked(request) as answer:
+        return answer()
 
+
+@contextmanager
+def asked(request: Request) -> Iterator[Callable[[], Answer]]:
+    """Inside, a process of its own works at the request; what is given waits for its answer."""
     with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
         folder = Path(scratch)
         (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
         process = _ahead.pop() if _ahead else _start()
-        _, said = process.communicate(str(folder / "request.json"))
-        if process.returncode:
-            lines = said.strip().splitlines()
-            killed = f"the loader was stopped by signal {-process.returncode}, most likely for want of memory"
-            return Answer(None, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
-        found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
-        return Answer(logits, found["texts"], pace=found["pace"])
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; its last words are read below
+            process.stdin.write(str(folder / "request.json"))
+            process.stdin.close()
+        process.stdin = None
+        try:
+            yield lambda: _answer_of(process, folder)
+        finally:
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def _answer_of(process: "subprocess.Popen[str]", folder: Path) -> Answer:
+    from safetensors.torch import load_file
+
+    _, said = process.communicate()
+    logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
+    if process.returncode:
+        lines = said.strip().splitlines()
+        killed = f"the loader was stopped by signal {-process.returncode}, most likely {NO_MEMORY}"
+        return Answer(logits, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
+    found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return Answer(logits, found["texts"], pace=found["pace"])
 
 
 def _answer() -> None:
@@ -134,7 +161,9 @@ def _answer() -> None:
         pace = _pace(model, timing) if timing is not None else None
         if request.tokens:
             logits = model(torch.tensor([request.tokens], device=request.device), use_cache=False).logits[0]
-            save_file({"logits": logits.float().cpu().contiguous()}, folder / "logits.safetensors")
+            whole = folder / "logits.tmp"
+            save_file({"logits": logits.float().cpu().contiguous()}, whole)
+            whole.replace(folder / LOGITS)
         tokenizer = AutoTokenizer.from_pretrained(request.model, **options) if request.prompts else None
         texts = [_continue(model, tokenizer, prompt) for prompt in request.prompts]
     (folder / "answer.json").write_text(json.dumps({"texts": texts, "pace": pace}), encoding="utf-8")

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.evaluate.compare import open_view
 from compress.evaluate.stock import Request, ask
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.model.tokenizer import load_tokenizer
 from compress.quant.grid import Grid
@@ -56,13 +57,13 @@ def verify_logits(
     The stock loader is asked where it can open the format and the memory suffices, else our reader.
     """
     checkpoint = Checkpoint(folder)
-    refusal = _stock_refusal(checkpoint, device, dtype, max_memory)
+    refusal = stock_refusal(checkpoint, device, dtype, max_memory)
     if refusal is None:
         name = str(dtype).removeprefix("torch.")
         request = Request(str(folder), str(device), name, tokens.tolist(), trust_remote_code=trust_remote_code)
         answer = ask(request)
         if answer.logits is None:
-            tolerance = _tolerance(expected, dtype)
+            tolerance = tolerance_of(expected, dtype)
             return Verified(
                 loader=STOCK, max_logit_difference=None, tolerance=tolerance, passed=False, note=answer.failure
             )
@@ -72,17 +73,18 @@ def verify_logits(
 
 
 def _verdict(loader: str, logits: Tensor, expected: Tensor, dtype: torch.dtype, note: str | None) -> Verified:
-    tolerance = _tolerance(expected, dtype)
+    tolerance = tolerance_of(expected, dtype)
     difference = float((logits - expected).abs().max())
     passed = difference <= tolerance  # False for NaN too
     return Verified(loader=loader, max_logit_difference=difference, tolerance=tolerance, passed=passed, note=note)
 
 
-def _tolerance(expected: Tensor, dtype: torch.dtype) -> float:
+def tolerance_of(expected: Tensor, dtype: torch.dtype) -> float:
+    """How far logits may be from the expected ones, as computed in this dtype on one machine."""
     return _TOLERANCE[dtype] * float(expected.abs().max())
 
 
-def _stock_refusal(
+def stock_refusal(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, max_memory: int | None = None
 ) -> str | None:
     """Why the stock loader is not asked; None when it is."""
@@ -114,12 +116,16 @@ def _elements(shape: tuple[int, ...], grid: Grid | None) -> int:
     return math.prod(shape) if grid is None else math.prod(shape) * 32 // grid.bits
 
 
-@torch.no_grad()
 def own_logits(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> Tensor:
     """Logits [S, V], float32, of a checkpoint for tokens [S], streamed through our reader of its packed tensors."""
-    stream = open_view(DequantizedCheckpoint(checkpoint), device, dtype, trust_remote_code)
+    return stream_logits(open_view(DequantizedCheckpoint(checkpoint), device, dtype, trust_remote_code), tokens)
+
+
+@torch.no_grad()
+def stream_logits(stream: LayerStream, tokens: Tensor) -> Tensor:
+    """Logits [S, V], float32, of a stream for tokens [S]; closes it."""
     activations = stream.start(tokens[None])
     for index in range(stream.depth):
         stream.fill_layer(index, stream.load_layer(index))
@@ -155,7 +161,7 @@ def verify_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype, tr
     else:
         at_best = own.gather(1, torch.tensor(record.probe.best)[:, None])[:, 0]
         checks.append(_compared("record", at_best, torch.tensor(record.probe.logit), dtype, OWN, _ELSEWHERE))
-    refusal = _stock_refusal(checkpoint, device, dtype)
+    refusal = stock_refusal(checkpoint, device, dtype)
     if refusal is not None:
         return [*checks, Check("stock loader", None, refusal)]
     name = str(dtype).removeprefix("torch.")
@@ -178,7 +184,7 @@ def _files(checkpoint: Checkpoint, record: Record | None) -> Check:
 
 
 def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader: str, slack: int = 1) -> Check:
-    difference, tolerance = float((one - other).abs().max()), slack * _tolerance(other, dtype)
+    difference, tolerance = float((one - other).abs().max()), slack * tolerance_of(other, dtype)
     detail = f"{loader}: largest difference of a logit {difference:.2g}, allowed {tolerance:.2g}"
     return Check(name, difference <= tolerance, detail)
 

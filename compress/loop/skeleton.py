@@ -46,8 +46,11 @@ def check_present(missing: Sequence[str]) -> None:
 def assign(
     module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, prefix: str = ""
 ) -> None:
-    """Set parameters and buffers by name, floats cast to `dtype`; names that the module lacks are passed over."""
-    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    """Set parameters and persistent buffers by name, floats cast to `dtype`; other names are passed over.
+
+    A buffer that is not persistent (`inv_freq`) is the model's own, also where an old checkpoint stores one.
+    """
+    own = module.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if name not in own:
             continue

@@ -110,6 +110,12 @@ class LayerStream:
         return hook
 
     @property
+    def unused(self) -> list[str]:
+        """Tensors of the source that the model has no place for, as transformers sees it."""
+        places = self.model.state_dict().keys()
+        return [name for name in self.source.tensors if self.module_name(name) not in places]
+
+    @property
     def depth(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
@@ -349,11 +355,12 @@ class _Outer:
         loaded = stream.source.load(outside, stream.device)
         named = {stream.module_name(name): tensor for name, tensor in loaded.items()}
         assign(stream.model, named, stream.device, stream.dtype)
-        stream.model.tie_weights()
+        with by_layers(stream.model):  # as from_pretrained: a head that is stored with other values is not tied
+            stream.model.tie_weights(missing_keys=set(stream.model.state_dict()) - set(named), recompute_mapping=False)
         for name, weight in stream.replaced.items():
             set_tensor(stream.model, stream.module_name(name), nn.Parameter(weight, requires_grad=False))
             if name.startswith(stream.arch.embeddings):
-                stream.model.tie_weights()
+                stream.model.tie_weights(recompute_mapping=False)
         layers = {id(p) for p in stream.layers.parameters()}
         check_present([n for n, p in stream.model.named_parameters() if p.is_meta and id(p) not in layers])
 
@@ -364,7 +371,7 @@ class _Outer:
         for name, parameter in list(self.stream.model.named_parameters()):
             if not parameter.is_meta:
                 set_tensor(self.stream.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        self.stream.model.tie_weights()
+        self.stream.model.tie_weights(recompute_mapping=False)
 
 
 def _to_device(arguments: Any, device: str) -> Any:

@@ -6,7 +6,7 @@ layer loop sees it when it runs a layer once on the meta device, and what it see
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ModelError
@@ -24,12 +24,14 @@ class Arch:
         embeddings: the token embedding.
         norm: the norm behind the last layer.
         head: the projection to the vocabulary.
+        tied: what a config.json means that says nothing of tie_word_embeddings.
     """
 
     layers: str
     embeddings: str
     norm: str
     head: str = "lm_head"
+    tied: bool = False
 
 
 _USUAL = Arch("model.layers", "model.embed_tokens", "model.norm")
@@ -39,11 +41,11 @@ FAMILIES: dict[str, Arch] = {
     "mistral": _USUAL,
     "qwen2": _USUAL,
     "qwen3": _USUAL,
-    "gemma2": _USUAL,
-    "gemma3_text": _USUAL,
+    "gemma2": replace(_USUAL, tied=True),
+    "gemma3_text": replace(_USUAL, tied=True),
     "phi3": _USUAL,
     "gpt_neox": Arch("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
-    "opt": Arch("model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm"),
+    "opt": Arch("model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm", tied=True),
 }
 
 # Projections whose outputs are mixed by attention: an error in them counts by the attention that its token gets.

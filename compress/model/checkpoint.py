@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import ModelError
+from compress.model.arch import depth_of
+from compress.model.names import canonical_names, layers_beyond
 from compress.system.files import link_or_copy, unwritable
 
 if TYPE_CHECKING:
@@ -27,17 +29,20 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 2_000_000_000
+_BLOCK = 1 << 22
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its file, dtype in safetensors' spelling ("BF16"), shape and bytes."""
+    """Where a tensor lies: its file, its name there, dtype ("BF16", by safetensors), shape, bytes, where they start."""
 
     file: Path
+    stored: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
 
 
 class Checkpoint:
@@ -49,32 +54,86 @@ class Checkpoint:
     Attributes:
         folder: the folder.
         config: config.json as a dict.
-        tensors: every tensor's name and place.
+        tensors: every tensor's place, by the name that it has in the model.
+        left_out: tensors of the files that transformers does not load; they are not among `tensors`.
+        remarks: what its user should hear of how it was read, a line each.
 
     Raises:
-        ModelError: what is missing, truncated, pickled or outside the folder, in one line.
+        ModelError: what is missing, truncated, pickled, ambiguous or outside the folder, in one line.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_config(folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        listed = _listed_tensors(folder)
+        self.remarks: list[str] = []
+        stored: dict[str, TensorInfo] = {}
+        listed = self._listed_tensors()
         for file in sorted(set(listed.values())):
-            self.tensors.update(_read_header(folder / file))
-        missing = sorted(set(listed) - set(self.tensors))
+            stored.update(_read_header(folder / file))
+        missing = sorted(set(listed) - set(stored))
         if missing and any(listed.values()):
             raise ModelError(f"{folder / INDEX}: {_some(missing)} not in the shards; download the model again")
+        names = canonical_names(stored, self.config, folder)
+        self.tensors = {names[name]: info for name, info in stored.items()}
+        self.left_out: dict[str, TensorInfo] = {}
+        self._equal: dict[tuple[str, str], bool] = {}
+        beyond = layers_beyond(self.tensors, self.config)
+        if beyond:
+            self.remarks.append(self.leave_out(beyond, f"the depth in config.json is {depth_of(self.config)}"))
+
+    def leave_out(self, names: Sequence[str], why: str) -> str:
+        """Read the checkpoint as if it did not hold these tensors; returns what to tell its user."""
+        self.left_out |= {name: self.tensors.pop(name) for name in names}
+        size = sum(self.left_out[name].bytes for name in names)
+        return (
+            f"{self.folder}: {why}, and transformers does not load {_some(names)} ({size / 1e6:,.1f} MB): left out of "
+            "the result, and not counted in its sizes"
+        )
+
+    def _listed_tensors(self) -> dict[str, str]:
+        """Tensor names and the file of each, from the files that transformers would read: in its order."""
+        folder = self.folder
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder}: holds an adapter (adapter_config.json), which transformers adds to the model where peft is "
+                "installed; merge it (peft's merge_and_unload, then save_pretrained), or remove the adapter_* files"
+            )
+        chosen = self.config.pop("transformers_weights", None)  # names files that the result does not have
+        if chosen is not None:
+            return _named_by_config(folder, chosen)
+        single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+        if single:
+            if index:
+                self.remarks.append(
+                    f"{folder}: {SINGLE} is read, as transformers does; {INDEX} beside it and its shards are not"
+                )
+            return _read_names(folder / SINGLE)
+        if index:
+            return _read_index(folder / INDEX)
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        if others:
+            raise ModelError(
+                f"{folder}: neither {SINGLE} nor {INDEX}, without which transformers opens none of {_some(others)}; "
+                f"rename a file that holds the whole model to {SINGLE}, or download the index too"
+            )
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder}: only pickle weights ({_some(pickles)}), which can run code when opened; "
+                "convert them to safetensors with save_pretrained"
+            )
+        raise ModelError(f"{folder}: no safetensors weights; give a folder that has them")
 
     @property
     def bytes(self) -> int:
-        """Bytes of the safetensors files on disk."""
-        return sum(file.stat().st_size for file in self.files)
+        """Bytes of the safetensors files on disk, without what is left out."""
+        unused = sum(info.bytes for info in self.left_out.values())
+        return sum(file.stat().st_size for file in self.files) - unused
 
     @property
     def files(self) -> list[Path]:
         """The safetensors files, sorted."""
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted({info.file for infos in (self.tensors, self.left_out) for info in infos.values()})
 
     def names(self, prefix: str) -> list[str]:
         """Names of the tensors under a prefix that ends with a dot."""
@@ -86,19 +145,33 @@ class Checkpoint:
         Raises:
             ModelError: a file that can't be read.
         """
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            info = self.tensors[name]
+            by_file.setdefault(info.file, []).append((name, info.stored))
         loaded: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             try:
                 with safe_open(file, framework="pt") as opened:
-                    for name in wanted:
-                        tensor = opened.get_tensor(name)
+                    for name, stored in wanted:
+                        tensor = opened.get_tensor(stored)
                         loaded[name] = tensor.clone() if str(device) == "cpu" else tensor.to(device)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: cannot be read ({error}); download the file again") from error
         return loaded
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same bytes; reads them."""
+        first, second = self.tensors[one], self.tensors[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        if (one, other) not in self._equal:
+            with first.file.open("rb") as left, second.file.open("rb") as right:
+                left.seek(first.start)
+                right.seek(second.start)
+                sizes = (min(_BLOCK, first.bytes - done) for done in range(0, first.bytes, _BLOCK))
+                self._equal[one, other] = all(left.read(size) == right.read(size) for size in sizes)
+        return self._equal[one, other]
 
     def fingerprint(self) -> list[Any]:
         """What identifies the contents without reading them: config, and each file's name, size, time and tensors."""
@@ -126,32 +199,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _listed_tensors(folder: Path) -> dict[str, str]:
-    """Tensor names and the file of each, from the index; for a folder without one, file names alone (name "" each)."""
-    if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
-    if (folder / SINGLE).is_file():
-        return _read_names(folder / SINGLE)
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards:
-        return {name: shard.name for shard in shards for name in _read_names(shard)}
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
+def _named_by_config(folder: Path, name: Any) -> dict[str, str]:
+    """Tensors of the file that config.json's transformers_weights names."""
+    kinds = (".safetensors", ".safetensors.index.json")
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(kinds):
         raise ModelError(
-            f"{folder}: only pickle weights ({_some(pickles)}), which can run code when opened; "
-            "convert them to safetensors with save_pretrained"
+            f"{folder}: config.json's transformers_weights {name!r} is no file or index of "
+            "safetensors in the same folder; name one, or remove the key"
         )
-    raise ModelError(f"{folder}: no safetensors weights; give a folder that has them")
+    if not (folder / name).is_file():
+        raise ModelError(
+            f"{folder}: {name}, which config.json's transformers_weights names, is missing; download the model again"
+        )
+    return _read_index(folder / name) if name.endswith(kinds[1]) else _read_names(folder / name)
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """The file of each tensor; all are there, in the index's own folder."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        parsed = json.loads(index.read_text(encoding="utf-8"))
+        listed = parsed["weight_map"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{index}: not a valid index ({error!r}); download the model again") from error
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise ModelError(f"{index}: its weight_map does not map tensors to files; download the model again")
+    if "metadata" not in parsed:
+        raise ModelError(
+            f'{index}: has no "metadata", without which transformers does not open it; add "metadata": {{}}'
+        )
     for name, file in listed.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
@@ -173,14 +248,16 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         with safe_open(file, framework="np"):
             pass  # the library checks that the header is sound and the file as long as it says
         with file.open("rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file}: truncated or corrupt ({error}); download the file again") from error
-    return {
-        name: TensorInfo(file, row["dtype"], tuple(row["shape"]), row["data_offsets"][1] - row["data_offsets"][0])
-        for name, row in header.items()
-        if name != "__metadata__"
-    }
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, row in header.items():
+        begin, end = row["data_offsets"]
+        infos[name] = TensorInfo(file, name, row["dtype"], tuple(row["shape"]), end - begin, 8 + length + begin)
+    return infos
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 
 from compress.errors import ModelError
 from compress.model.arch import FAMILIES, depth_of, positions_of
-from compress.model.checkpoint import TensorInfo
+from compress.model.checkpoint import Checkpoint, TensorInfo
+from compress.model.names import layers_prefix, says_tied
 
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 FLOATS = ("BF16", "F16", "F32")
@@ -35,15 +35,27 @@ class Shapes(Protocol):
     def bytes(self) -> int:
         """Of the safetensors files."""
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same."""
+
 
 @dataclass(frozen=True)
 class PlannedShapes:
-    """`Shapes` of a checkpoint that is not there yet."""
+    """`Shapes` of a checkpoint that a stage will make of its parent."""
 
-    folder: Path
+    parent: Shapes
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     bytes: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the first parent lies."""
+        return self.parent.folder
+
+    def equal(self, one: str, other: str) -> bool:
+        """What is equal in the parent stays so."""
+        return self.parent.equal(one, other)
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,7 @@ def find_modules(checkpoint: Shapes) -> Modules:
     """
     family = FAMILIES.get(str(checkpoint.config.get("model_type")))
     found = [(match, info) for name, info in checkpoint.tensors.items() if (match := LAYER.fullmatch(name))]
-    prefixes = Counter(match[1] for match, _ in found)
-    layers = family.layers if family else (prefixes.most_common(1)[0][0] if prefixes else "")
+    layers = layers_prefix(checkpoint.tensors, checkpoint.config)
     linears = {
         match[0].removesuffix(".weight"): (info.shape[0], info.shape[1])
         for match, info in found
@@ -130,9 +141,32 @@ def check_vocabulary(checkpoint: Shapes, highest: int) -> None:
 
 
 def is_tied(checkpoint: Shapes, modules: Modules) -> bool:
-    """Whether the head is the embeddings, stored once."""
-    tied = checkpoint.config.get("tie_word_embeddings", False)
-    return bool(tied) and f"{modules.embeddings}.weight" in checkpoint.tensors
+    """Whether the head is the embeddings: config.json says so, and no head with other values is stored.
+
+    transformers ties by the same rule. Where both are stored, they are read once and compared.
+    """
+    head, embeddings = f"{modules.head}.weight", f"{modules.embeddings}.weight"
+    if not says_tied(checkpoint.config) or embeddings not in checkpoint.tensors:
+        return False
+    return head not in checkpoint.tensors or checkpoint.equal(head, embeddings)
+
+
+def has_own_head(checkpoint: Shapes, modules: Modules) -> bool:
+    """Whether a head is stored that config.json wrongly calls tied: its values are others than the embeddings'."""
+    stored = f"{modules.head}.weight" in checkpoint.tensors and f"{modules.embeddings}.weight" in checkpoint.tensors
+    return stored and says_tied(checkpoint.config) and not is_tied(checkpoint, modules)
+
+
+def remarks(checkpoint: Checkpoint) -> list[str]:
+    """What the user should hear of how the model is read, a line each."""
+    modules = find_modules(checkpoint)
+    lines = list(checkpoint.remarks)
+    if has_own_head(checkpoint, modules):
+        lines.append(
+            f"{checkpoint.folder}: config.json means tie_word_embeddings: true, but {modules.head}.weight is stored "
+            "with other values: it is kept, as transformers does, and the result says tie_word_embeddings: false"
+        )
+    return lines
 
 
 def parameter_count(checkpoint: Shapes) -> int:

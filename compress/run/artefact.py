@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import OutputError
 from compress.model.checkpoint import read_part, write_part
+from compress.model.side_files import refresh
 from compress.records import RECORD, Probe, Record, now, read_record
 from compress.stages.contract import Result
 from compress.system.files import commit, link_or_copy, write_text
@@ -60,7 +61,7 @@ class StageArtefact:
         self._lock = FileLock(stages / f"{key}.lock")
         self._what, self._say = what, say
 
-    def find(self, fresh: bool, device: str) -> Record | None:
+    def find(self, fresh: bool, device: str, parent: Path) -> Record | None:
         """The record of a finished artefact, which may be used from now on; None where it is for this process to make.
 
         Waits for another process that is making it.
@@ -68,12 +69,13 @@ class StageArtefact:
         Args:
             fresh: make it anew in any case.
             device: kind of device that computes.
+            parent: folder of what the stage starts from, whose side files the artefact has.
         """
         if not fresh:
             self._lock.acquire(exclusive=False, waiting=self._wait)
             record = self._finished()
             if record is not None:
-                return record
+                return refresh(parent, self.folder, record)
             self._lock.release()
         self._lock.acquire(exclusive=True, waiting=self._wait)
         if fresh:
@@ -83,7 +85,7 @@ class StageArtefact:
         if record is not None:  # by a process that has been waited for
             self._lock.acquire(exclusive=False)
             shutil.rmtree(self.part, ignore_errors=True)
-            return record
+            return refresh(parent, self.folder, record)
         self._begin(device)
         return None
 
@@ -116,7 +118,7 @@ class StageArtefact:
         made = self.part / "checkpoint"
         record = Record(
             fingerprint=self.key, parent=parent, base=base, stage=result.record, created=now(), versions=versions(),
-            probe=probe, files=digests(sorted(made.iterdir())),
+            probe=probe, files=digests(made),
         )  # fmt: skip
         write_text(made / RECORD, record.model_dump_json(indent=2) + "\n")
         write_part(self._probe, {"logits": result.logits}, {})
@@ -157,6 +159,8 @@ def publish(artefact: Path, output: Path) -> None:
     for file in artefact.iterdir():
         if file.suffix == ".safetensors":
             link_or_copy(file, output / file.name)
+        elif file.is_dir():
+            shutil.copytree(file, output / file.name)
         else:
             shutil.copy2(file, output / file.name)
 
@@ -166,8 +170,9 @@ def keep_foreign(output: Path, replacement: Path) -> None:
     record = read_record(output)
     if record is None:
         return
+    recorded = {name.partition("/")[0] for name in record.files}
     for entry in output.iterdir():
-        ours = entry.name in record.files or entry.name == RECORD or (replacement / entry.name).exists()
+        ours = entry.name in recorded or entry.name == RECORD or (replacement / entry.name).exists()
         if not ours and entry.is_dir():
             shutil.copytree(entry, replacement / entry.name, symlinks=True)
         elif not ours:

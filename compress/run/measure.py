@@ -3,24 +3,24 @@
 Figures are kept in the work folder by fingerprints, so that no run measures the same twice.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compress import records
 from compress.data.calibration import TokenSet
+from compress.evaluate.base import continuations
 from compress.evaluate.compare import CODE_VERSION, compare
 from compress.evaluate.speed import compare_speed
-from compress.evaluate.stock import NEW_TOKENS, Request, ask
 from compress.evaluate.verify import verify_logits
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import parameter_count
 from compress.recipe.schema import EvaluateSpec
+from compress.records import read_record
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.memory import available
@@ -30,6 +30,11 @@ PROMPTS = (
     "Write a Python function that returns the largest number in a list.",
     "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
 )
+
+
+def prompts_of(spec: EvaluateSpec | None) -> list[str]:
+    """What both models are asked to continue."""
+    return [] if spec is None else list(PROMPTS if spec.prompts is None else spec.prompts)
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,11 @@ class Measurement:
         """The written checkpoint against the logits [S, V] that the model in memory gave for the probe."""
         context = self.context
         context.reporter.say("verifying: opening the checkpoint again")
+        record = read_record(self.result.folder)
+        assert record is not None, "a stage's artefact has one"
+        tokens = torch.tensor(record.probe.tokens)  # the base's tokenizer may have been changed since
         verified = verify_logits(
-            self.result.folder, context.probe[0], expected, context.device, context.dtype, context.trust_remote_code,
+            self.result.folder, tokens, expected, context.device, context.dtype, context.trust_remote_code,
             context.max_memory,
         )  # fmt: skip
         if not verified.passed:
@@ -92,36 +100,18 @@ class Measurement:
         free = available(context.device, context.max_memory)
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
-        prompts = list(PROMPTS if spec.prompts is None else spec.prompts)
+        prompts = prompts_of(spec)
         if not prompts:
             return [], "the recipe has no prompts"
         context.reporter.say(f"generating: {len(prompts)} prompts with each model")
         texts = []
         for checkpoint, name in ((self.base, self.base_id), (self.result, self.key)):
-            answer = self._continuations(checkpoint, name, prompts)
+            answer = continuations(checkpoint, name, prompts, context, self.cache, self.fresh)
             if isinstance(answer, str):
                 return [], answer
             texts.append(answer)
         rows = zip(prompts, *texts, strict=True)
         return [records.Generation(prompt=p, base=b, compressed=c) for p, b, c in rows], None
-
-    def _continuations(self, checkpoint: Checkpoint, name: str, prompts: Sequence[str]) -> list[str] | str:
-        context = self.context
-        key = fingerprint("texts", name, prompts, str(context.dtype), NEW_TOKENS)
-        cached = self.cache / f"{key}.json"
-        if cached.is_file() and not self.fresh:
-            texts: list[str] = json.loads(cached.read_text(encoding="utf-8"))
-            return texts
-        request = Request(
-            str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
-            prompts=list(prompts), trust_remote_code=context.trust_remote_code,
-        )  # fmt: skip
-        answer = ask(request)
-        if answer.failure is not None:
-            return f"the stock loader failed: {answer.failure}"
-        self.cache.mkdir(exist_ok=True)
-        write_text(cached, json.dumps(answer.continuations))
-        return answer.continuations
 
     def speed(self) -> tuple[records.Speed | None, str | None]:
         """How fast both run where the result's format is one that a CPU computes in integers; else nothing."""

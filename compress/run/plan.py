@@ -12,7 +12,7 @@ from pathlib import Path
 from compress.errors import RecipeError
 from compress.model.arch import check_code, check_supported
 from compress.model.checkpoint import Checkpoint
-from compress.model.shapes import Shapes, check_depth, check_length, parameter_count
+from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
 from compress.recipe.load import load_calibration_spec, load_evaluation_spec
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
 from compress.stages import KINDS
@@ -75,7 +75,7 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
     """
     base = None if folder is None else _open(folder, recipe)
     text = calibration_of(recipe)
-    warnings = _flattered(recipe, text)
+    warnings = [*_flattered(recipe, text), *([] if base is None else remarks(base))]
     plans: list[Plan] = []
     shapes: Shapes | None = base
     for number, spec in enumerate(recipe.stages):

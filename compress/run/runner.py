@@ -16,6 +16,7 @@ import torch
 from compress import records
 from compress.data.calibration import TokenSet, load_calibration, load_windows
 from compress.errors import DscompressError, OutputError, UserError
+from compress.evaluate.base import check_base
 from compress.evaluate.stock import started_ahead
 from compress.evaluate.verify import probe_of, probe_tokens
 from compress.loop.context import Context
@@ -29,7 +30,7 @@ from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
 from compress.run.artefact import StageArtefact, check_output, keep_foreign, publish, work_folder
-from compress.run.measure import Measurement
+from compress.run.measure import Measurement, prompts_of
 from compress.run.plan import RunPlan, calibration_of, plan_run
 from compress.stages import KINDS
 from compress.stages.contract import Result
@@ -91,7 +92,7 @@ def run(
         stages = []
         with ExitStack() as kept, job.loader_ahead():
             for spec in recipe.stages:
-                artefact, stage = job.find(spec, parent_id, kept)
+                artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
                     result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.context)
                     stage = job.commit(artefact, result, parent_id)
@@ -137,6 +138,7 @@ class _Job:
         self.reporter = reporter
         self.output = Path(recipe.output).resolve()  # behind a link: what is replaced is the folder, not the link
         self.work = work_folder(self.output, work_dir)
+        self.cache = self.work / "evaluations"
         self.started = time.monotonic()
 
     @contextmanager
@@ -190,6 +192,8 @@ class _Job:
         read = [each.tokens for each in (self.context.tokens, self.windows) if each is not None]
         check_vocabulary(base, max(int(tokens.max()) for tokens in [self.context.probe, *read]))
         self.base_id = distributed.first(lambda: identity(base, self.work))
+        prompts = prompts_of(recipe.evaluate) if self.planned.stages[-1].generates else []
+        check_base(base, self.base_id, self.context, self.cache, prompts, self.fresh)
 
     def loader_ahead(self) -> AbstractContextManager[None]:
         """Beside a GPU the processor has time to get the stock loader ready."""
@@ -197,7 +201,9 @@ class _Job:
             return started_ahead()
         return nullcontext()
 
-    def find(self, spec: StageSpec, parent_id: str, kept: ExitStack) -> tuple[StageArtefact, records.Stage | None]:
+    def find(
+        self, spec: StageSpec, parent: Checkpoint, parent_id: str, kept: ExitStack
+    ) -> tuple[StageArtefact, records.Stage | None]:
         """A stage's artefact, and its record if it was finished before; `kept` holds on to it until the run ends."""
         context, kind = self.context, KINDS[spec.kind].run()
         needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
@@ -211,7 +217,7 @@ class _Job:
                 "start all with the same"
             )
         artefact = kept.enter_context(StageArtefact(self.work, key, f"{spec.kind} stage", self.reporter.say))
-        found = distributed.first(lambda: artefact.find(self.fresh, context.device.type))
+        found = distributed.first(lambda: artefact.find(self.fresh, context.device.type, parent.folder))
         if found is None:
             return artefact, None
         self.reporter.say(f"{spec.kind}: finished before, taken from {artefact.folder}")
@@ -232,8 +238,8 @@ class _Job:
     def _report(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
         base, shapes, last = self.base, self.planned.stages[-1].shapes, stages[-1]
         assert shapes is not None
-        result, cache = Checkpoint(artefact.folder), self.work / "evaluations"
-        measured = Measurement(base, self.base_id, result, artefact.key, self.context, cache, self.fresh)
+        result = Checkpoint(artefact.folder)
+        measured = Measurement(base, self.base_id, result, artefact.key, self.context, self.cache, self.fresh)
         verified = measured.verify(artefact.logits())
         quality = measured.quality(self.windows)
         generations, note = measured.generations(self.recipe.evaluate)

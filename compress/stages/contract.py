@@ -29,6 +29,7 @@ class Plan:
         lines: what a dry run prints, as (label, text).
         disk_bytes: free space wanted while it runs.
         splits: whether several processes can share the work.
+        generates: whether transformers alone opens the result, so that it can be asked to continue prompts.
     """
 
     shapes: Shapes | None
@@ -37,6 +38,7 @@ class Plan:
     lines: Sequence[tuple[str, str]] = ()
     disk_bytes: int = 0
     splits: bool = False
+    generates: bool = True
 
 
 @dataclass(frozen=True)

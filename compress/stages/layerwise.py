@@ -25,6 +25,7 @@ from compress.loop.context import Context
 from compress.loop.finite import all_finite
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
+from compress.model.side_files import copy_side_files
 from compress.recipe.types import StageSpec
 from compress.stages.contract import Result
 from compress.system import distributed
@@ -32,10 +33,6 @@ from compress.system.files import write_text
 from compress.system.memory import PeakMemory
 
 _OUTER = "outer.safetensors"
-_NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
-    (".", "config.json", "README.md", "dscompress.json", "report."),
-    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json"),
-)
 
 
 class LayerTransform(ABC):
@@ -200,9 +197,7 @@ class Layerwise:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         merge_parts(parts, folder, stage.metadata)
-        for file in self.parent.folder.iterdir():
-            if file.is_file() and not file.name.startswith(_NOT_COPIED[0]) and not file.name.endswith(_NOT_COPIED[1]):
-                shutil.copyfile(file, folder / file.name)
+        copy_side_files(self.parent.folder, folder)
         config = stage.config()
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in stage.extra_files(config).items():

@@ -34,6 +34,7 @@ _LOOK = 0.02  # seconds between two looks whether rank 0 is ready
 _GRACE = timedelta(seconds=10)  # in which a process that has failed says so itself
 _FAILURES, _CODE = "failures", "code"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PARENT_DEATH_SIGNAL = 1  # prctl(2): PR_SET_PDEATHSIG
 
 
@@ -155,10 +156,15 @@ def leave() -> bool:
     rank = _joined.rank
     torch.set_num_threads(_joined.threads)
     dist.destroy_process_group()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in _PLACE:
         os.environ.pop(name, None)  # what this process starts from here on is alone
     _joined = None
     return rank == 0
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process that this one starts and that is none of the others."""
+    return {name: value for name, value in os.environ.items() if name not in _PLACE}
 
 
 def rank() -> int:

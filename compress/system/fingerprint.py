@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def digests(files: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of files, by their names."""
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files of a folder, by their paths inside it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(sha256, files), strict=True))
+        names = (file.relative_to(folder).as_posix() for file in files)
+        return dict(zip(names, pool.map(sha256, files), strict=True))
 
 
 def content_digest(file: Path) -> str:

@@ -174,7 +174,7 @@ def test_a_result_runs_in_bf16_where_it_can(tmp_path: Path, asked: Asked, bits: 
 @pytest.fixture
 def loader_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify with our reader: the stock loader takes seconds to start, and has no part in this."""
-    monkeypatch.setattr(verify, "_stock_refusal", lambda *arguments: "not asked here")
+    monkeypatch.setattr(verify, "stock_refusal", lambda *arguments: "not asked here")
 
 
 @needs_torchao

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import write_model
+from small_model import TRAINED, write_model
 
 from compress.records import Probe, Stage
 from compress.run import artefact as artefact_module
@@ -14,6 +14,7 @@ from compress.run.artefact import StageArtefact
 from compress.run.cache import cache_entries, clean_cache
 from compress.stages.contract import Result
 
+BASE = TRAINED  # what the stage starts from
 PROBE = Probe(tokens=[1], best=[2], logit=[0.5], dtype="float32")
 RESULT = Result(Stage(kind="quantize", seconds=1, peak_memory_bytes=None, cached=False), torch.ones(1, 4))
 
@@ -31,8 +32,8 @@ def test_the_second_waits_for_the_first_and_uses_what_it_made(tmp_path: Path) ->
     said: list[str] = []
     found = []
     with artefact(tmp_path) as first, artefact(tmp_path, said) as second:
-        assert first.find(False, "cpu") is None
-        other = threading.Thread(target=lambda: found.append(second.find(False, "cpu")))
+        assert first.find(False, "cpu", BASE) is None
+        other = threading.Thread(target=lambda: found.append(second.find(False, "cpu", BASE)))
         other.start()
         while not said:
             time.sleep(0.01)
@@ -45,15 +46,15 @@ def test_the_second_waits_for_the_first_and_uses_what_it_made(tmp_path: Path) ->
 
 def test_different_artefacts_are_made_at_once(tmp_path: Path) -> None:
     with artefact(tmp_path, key="abc") as one, artefact(tmp_path, key="def") as other:
-        assert one.find(False, "cpu") is None and other.find(False, "cpu") is None
+        assert one.find(False, "cpu", BASE) is None and other.find(False, "cpu") is None
 
 
 def test_the_second_goes_on_where_the_first_has_ended(tmp_path: Path) -> None:
     with artefact(tmp_path) as first:
-        assert first.find(False, "cpu") is None
+        assert first.find(False, "cpu", BASE) is None
         (first.part / "layer-00000.safetensors").touch()
     with artefact(tmp_path) as second:
-        assert second.find(False, "cpu") is None
+        assert second.find(False, "cpu", BASE) is None
         assert (second.part / "layer-00000.safetensors").exists()
 
 
@@ -70,30 +71,30 @@ def test_half_done_work_is_continued_by_the_same_only(
     there = {"torch": "1.0", "transformers": "5.0"}
     monkeypatch.setattr(artefact_module, "versions", lambda: there)
     with artefact(tmp_path) as first:
-        first.find(False, "cpu")
+        first.find(False, "cpu", BASE)
         (first.part / "layer-00000.safetensors").touch()
     there["torch"] = version
     said: list[str] = []
     with artefact(tmp_path, said) as second:
-        assert second.find(False, device) is None
+        assert second.find(False, device, BASE) is None
         assert said == [line] and not (second.part / "layer-00000.safetensors").exists()
 
 
 def test_fresh_makes_it_anew(tmp_path: Path) -> None:
     with artefact(tmp_path) as first:
-        first.find(False, "cpu")
+        first.find(False, "cpu", BASE)
         make(first)
     with artefact(tmp_path) as second:
-        assert second.find(True, "cpu") is None and not second.folder.exists()
+        assert second.find(True, "cpu", BASE) is None and not second.folder.exists()
 
 
 def test_what_a_run_uses_is_not_cleaned_away(tmp_path: Path) -> None:
     for key in ("abc", "def"):
         with artefact(tmp_path, key=key) as each:
-            each.find(False, "cpu")
+            each.find(False, "cpu", BASE)
             make(each)
     with artefact(tmp_path) as used:
-        assert used.find(False, "cpu") is not None
+        assert used.find(False, "cpu", BASE) is not None
         assert clean_cache(tmp_path) > 0
         assert {entry.path.name.partition(".")[0] for entry in cache_entries(tmp_path)} == {"abc"}
     assert clean_cache(tmp_path) > 0 and not tmp_path.exists()

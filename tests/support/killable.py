@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from signal import SIGKILL, Signals
 
+from stock_here import asked_here
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -105,7 +107,9 @@ def _work(
     environment: dict[str, str],
 ) -> None:
     from compress.cli import main
+    from compress.evaluate import base
 
+    base.asked = asked_here
     os.environ.update(environment)
     gc.freeze()  # what was imported before the fork never needs to be looked through
     os.chdir(folder)

@@ -39,6 +39,20 @@ def tokenizer_code(desk: Desk) -> list[str]:
     return desk.write("model/tokenizer_config.json", json.dumps(content))
 
 
+def another_name(desk: Desk) -> list[str]:
+    desk.file("model/model.safetensors").rename(desk.file("model/merged.safetensors"))
+    return RUN
+
+
+def generation(content: str) -> Callable[[Desk], list[str]]:
+    return lambda desk: desk.write("model/generation_config.json", content)
+
+
+def end_in_words(desk: Desk) -> list[str]:
+    desk.write("model/generation_config.json", json.dumps({"eos_token_id": "</s>"}))
+    return desk.recipe("evaluate: false", "evaluate: {text: text.txt, sequence_length: 32, windows: 1}")
+
+
 CASES = [
     Case(
         "model folder that is not there",
@@ -103,6 +117,48 @@ CASES = [
         "them to safetensors with save_pretrained",
     ),
     Case(
+        "weights under a name that nobody looks for",
+        another_name,
+        "FOLDER/model: neither model.safetensors nor model.safetensors.index.json, without which transformers opens "
+        "none of merged.safetensors; rename a file that holds the whole model to model.safetensors, or download the "
+        "index too",
+    ),
+    Case(
+        "weights that the config names outside of the folder",
+        lambda desk: desk.config(transformers_weights="../model.safetensors"),
+        "FOLDER/model: config.json's transformers_weights '../model.safetensors' is no file or index of safetensors in "
+        "the same folder; name one, or remove the key",
+    ),
+    Case(
+        "weights that the config names and that are not there",
+        lambda desk: desk.config(transformers_weights="other.safetensors"),
+        "FOLDER/model: other.safetensors, which config.json's transformers_weights names, is missing; download the "
+        "model again",
+    ),
+    Case(
+        "adapter left in the folder",
+        lambda desk: desk.write("model/adapter_config.json", "{}"),
+        "FOLDER/model: holds an adapter (adapter_config.json), which transformers adds to the model where peft is "
+        "installed; merge it (peft's merge_and_unload, then save_pretrained), or remove the adapter_* files",
+    ),
+    Case(
+        "generation config that is no JSON",
+        generation("{"),
+        "FOLDER/model/generation_config.json: transformers refuses it (…); mend or remove it",
+    ),
+    Case(
+        "generation config with a number that can't be",
+        generation('{"max_new_tokens": -1}'),
+        "FOLDER/model/generation_config.json: transformers refuses it (`max_new_tokens` must be greater than 0, but is "
+        "-1); mend or remove it",
+    ),
+    Case(
+        "generation config that nothing can be generated with",
+        end_in_words,
+        "FOLDER/model: transformers opens this model and can't generate with it (TypeError: …); mend or remove its "
+        "generation_config.json, or set evaluate.prompts: []",
+    ),
+    Case(
         "truncated shard",
         lambda desk: desk.cut("model/model.safetensors", -1000),
         "FOLDER/model/model.safetensors: truncated or corrupt (…); download the file again",
@@ -126,6 +182,12 @@ CASES = [
         "index without a weight_map",
         lambda desk: desk.index("weight_map", "weights"),
         "FOLDER/model/model.safetensors.index.json: not a valid index (…); download the model again",
+    ),
+    Case(
+        "index without metadata",
+        lambda desk: desk.index("metadata", "about"),
+        'FOLDER/model/model.safetensors.index.json: has no "metadata", without which transformers does not open it; '
+        'add "metadata": {}',
     ),
     Case(
         "index with a list",

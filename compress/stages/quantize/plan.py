@@ -57,8 +57,8 @@ def plan(
     if spec.format != "torchao":
         warnings += refused_by_vllm(matrices, find_modules(shapes).linears, where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
-    after = PlannedShapes(shapes.folder, config, shapes.tensors, found.output_bytes)
-    return Plan(after, (), warnings, lines, found.disk_bytes, splits)
+    after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
+    return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=spec.format != "gptq")
 
 
 def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> list[Matrix]:

@@ -23,7 +23,7 @@ from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint
-from compress.model.shapes import find_modules
+from compress.model.shapes import find_modules, has_own_head, is_tied
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.grid import FakeQuantize, Grid
 from compress.quant.statistics import Gram, gram
@@ -283,7 +283,7 @@ class _Quantization(LayerTransform):
     ) -> tuple[dict[str, Tensor], list[records.Module]]:
         """Quantize the output head where the spec asks, on what the last layer and the final norm put out."""
         solved = self.embedded | self._head(tensors, calibration)
-        if self.parent.config.get("tie_word_embeddings") and f"{self.modules.embeddings}.weight" in tensors:
+        if is_tied(self.parent, self.modules):
             tensors.pop(f"{self.modules.head}.weight", None)  # stored once
         return self._packed(tensors, solved), [each.module for each in solved.values()]
 
@@ -315,7 +315,7 @@ class _Quantization(LayerTransform):
             self.inputs.rounding if self.inputs else {},
             self.inputs.cache_strategy if self.inputs else None,
         )
-        if self.modules.head in self.matrices:
+        if self.modules.head in self.matrices or has_own_head(self.parent, self.modules):
             config["tie_word_embeddings"] = False
         return config
 

@@ -37,7 +37,7 @@ def plan(spec: ScaleStage, shapes: Shapes | None, where: str, text: CalibrationS
     tensors = {name: cut(name, info, spec.width or there) for name, info in shapes.tensors.items()}
     config = shapes.config | {"intermediate_size": spec.width or there}
     size = sum(info.bytes for info in tensors.values())
-    after = PlannedShapes(shapes.folder, config, tensors, size)
+    after = PlannedShapes(shapes, config, tensors, size)
     return Plan(after, warnings=[f"{where}: only a toy"], lines=[("stage", spec.title)], disk_bytes=size)
 
 

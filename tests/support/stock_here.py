@@ -1,0 +1,34 @@
+"""What asks stock transformers, in this process and not in one of its own, which takes seconds to start."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+
+from compress.evaluate.stock import Answer, Request, _continue
+
+
+@contextmanager
+def asked_here(request: Request) -> Iterator[Callable[[], Answer]]:
+    """`compress.evaluate.stock.asked`."""
+    answer = ask_here(request)
+    yield lambda: answer
+
+
+def ask_here(request: Request) -> Answer:
+    """`compress.evaluate.stock.ask` for logits and continuations on a CPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logits = None
+    try:
+        with redirect_stderr(io.StringIO()), torch.no_grad():
+            own_code = {"trust_remote_code": True} if request.trust_remote_code else {}
+            dtype = getattr(torch, request.dtype)
+            model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype, **own_code).eval()
+            if request.tokens:
+                logits = model(torch.tensor([request.tokens]), use_cache=False).logits[0].float()
+            tokenizer = AutoTokenizer.from_pretrained(request.model, **own_code) if request.prompts else None
+            return Answer(logits, [_continue(model, tokenizer, prompt) for prompt in request.prompts])
+    except Exception as error:  # whatever it is, the process would have ended with its last line
+        return Answer(logits, [], f"{type(error).__name__}: {error}".splitlines()[0])
