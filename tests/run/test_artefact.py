@@ -46,7 +46,7 @@ def test_the_second_waits_for_the_first_and_uses_what_it_made(tmp_path: Path) ->
 
 def test_different_artefacts_are_made_at_once(tmp_path: Path) -> None:
     with artefact(tmp_path, key="abc") as one, artefact(tmp_path, key="def") as other:
-        assert one.find(False, "cpu", BASE) is None and other.find(False, "cpu") is None
+        assert one.find(False, "cpu", BASE) is None and other.find(False, "cpu", BASE) is None
 
 
 def test_the_second_goes_on_where_the_first_has_ended(tmp_path: Path) -> None:
