@@ -12,12 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from compress import __version__
-from compress.errors import DscompressError, UserError
+from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
     from compress.system.progress import Reporter
+
+_MOST_PROBLEMS = 50
 
 
 class _Group(TyperGroup):
@@ -36,8 +38,16 @@ class _Group(TyperGroup):
 def _say(error: DscompressError) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    problems = error.problems if isinstance(error, RecipeError) else [str(error)]
+    more = len(problems) - _MOST_PROBLEMS
+    for problem in problems[:_MOST_PROBLEMS] + ([f"{more:,} more problems; mend these first"] if more > 0 else []):
+        print(f"error: {_printable(problem)}", file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """One line, in which what a file slipped in can't steer the terminal."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 app = typer.Typer(
