@@ -18,6 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data.guard import render
 from compress.system.machine import waited
 from compress.system.memory import resident
 
@@ -170,7 +171,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
     """Greedy continuation; a chat model answers the prompt as a user's message."""
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, message, add_generation_prompt=True)
         encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")

@@ -18,7 +18,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
         RecipeError: modules or group sizes that do not fit the model.
     """
     checkpoint = Checkpoint(folder)
-    check_supported(checkpoint.config, recipe.model)
+    check_supported(checkpoint.config, {n: info.shape for n, info in checkpoint.tensors.items()}, recipe.model)
     check_code(checkpoint.config, recipe.model, recipe.trust_remote_code)
     check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
