@@ -7,6 +7,7 @@ dscompress can then have a hand in what is loaded.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 48
+# By which Python, torch, C++ and the system say that memory or disk ran out; lines of the loader's last words.
+_SHORT = (
+    "MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+    "No space left on device", "Disk quota exceeded",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,14 @@ class Request:
 class Answer:
     """What came back: logits [S, V] if tokens were given, a continuation for each prompt, or why nothing did.
 
-    `pace` has the figures of `compress.records.Pace`, if there was a timing.
+    `short`: it failed for want of memory or disk, which says nothing of the checkpoint. `pace` has the figures of
+    `compress.records.Pace`, if there was a timing.
     """
 
     logits: "Tensor | None"
     continuations: list[str]
     failure: str | None = None
+    short: bool = False
     pace: dict[str, float] | None = None
 
 
@@ -106,12 +114,21 @@ def ask(request: Request) -> Answer:
         process = _ahead.pop() if _ahead else _start()
         _, said = process.communicate(str(folder / "request.json"))
         if process.returncode:
-            lines = said.strip().splitlines()
-            killed = f"the loader was stopped by signal {-process.returncode}, most likely for want of memory"
-            return Answer(None, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
+            return _failed(process.returncode, said.strip().splitlines())
         found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         logits = load_file(folder / "logits.safetensors")["logits"] if request.tokens else None
         return Answer(logits, found["texts"], pace=found["pace"])
+
+
+def _failed(code: int, said: list[str]) -> Answer:
+    """The answer of a process that ended with a code other than 0, and what it had said."""
+    reason = said[-1] if said else "no reason given"
+    if code == -signal.SIGKILL:
+        return Answer(None, [], "the loader was stopped by signal 9, most likely for want of memory", short=True)
+    short = next((line for line in reversed(said) if any(words in line for words in _SHORT)), None)
+    if code < 0:
+        reason = f"the loader was stopped by signal {-code}" + (f" ({said[-1]})" if said else "")
+    return Answer(None, [], short or reason, short=short is not None)
 
 
 def _answer() -> None:

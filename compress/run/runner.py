@@ -272,6 +272,8 @@ class _Run:
         if not verified.passed:
             reason = verified.note or "it differs"
             self.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
+        elif verified.note:
+            self.reporter.say(f"verified by the {verified.loader}: {verified.note}")
         return verified
 
     def _evaluate(
