@@ -7,6 +7,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_depth, check_length
 from compress.recipe.load import load_calibration_spec
 from compress.recipe.schema import CalibrationSpec, Recipe
+from compress.stages.quantize.cache_plan import check_cache
 from compress.stages.quantize.plan import plan_matrices
 
 
@@ -23,6 +24,7 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     check_depth(checkpoint)
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")
+        check_cache(stage, checkpoint, f"stages.{number}")
     if any(stage.calibrates for stage in recipe.stages):
         check_length(checkpoint, calibration_of(recipe).sequence_length, "calibration.sequence_length")
     if recipe.evaluate is not None:
