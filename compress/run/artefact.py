@@ -12,17 +12,40 @@ A work folder holds everything that makes a run repeatable and resumable:
 A folder gets its final name by one rename, when it is whole. Never imports torch.
 """
 
+import os
 import shutil
 from pathlib import Path
 
 from compress.errors import OutputError
 from compress.records import RECORD, read_record
-from compress.system.files import link_or_copy
+from compress.system.files import link_or_copy, unwritable
 
 
 def work_folder(output: Path, work_dir: Path | None) -> Path:
     """Where intermediate artefacts lie: what `--work-dir` says, else beside the output."""
     return work_dir or output.parent / ".dscompress"
+
+
+def check_work(work: Path, output: Path, model: str) -> None:
+    """Refuse a work folder inside the output, which is replaced, or inside the model's folder, which is not ours.
+
+    Args:
+        work: the work folder.
+        output: the output folder.
+        model: what the recipe calls the model.
+
+    Raises:
+        OutputError: naming it.
+    """
+    try:
+        work.exists()
+    except OSError as error:
+        raise unwritable(work, error) from error
+    real = Path(os.path.realpath(work))
+    for what, folder in (("output", output), ("model", Path(model))):
+        place = Path(os.path.realpath(folder))
+        if (real == place or place in real.parents) and (what == "output" or place.is_dir()):
+            raise OutputError(f"--work-dir {work}: lies in the {what} folder; name another folder")
 
 
 def check_output(output: Path) -> None:

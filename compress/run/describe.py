@@ -6,7 +6,7 @@ from pathlib import Path
 from compress.model.shapes import parameter_count
 from compress.model.source import resolve_model
 from compress.recipe.schema import Recipe
-from compress.run.artefact import check_output
+from compress.run.artefact import check_output, check_work
 from compress.run.plan import calibration_of, open_model
 from compress.run.warnings import cautions
 from compress.stages.quantize.plan import estimate, plan_matrices
@@ -21,6 +21,7 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     """
     output = Path(recipe.output)
     check_output(output)
+    check_work(work, output, recipe.model)
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
     for line in cautions(recipe, base):
         reporter.warn(line)

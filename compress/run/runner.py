@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import records
-from compress.errors import DscompressError, OutputError, UserError
+from compress.errors import DscompressError, UserError
 from compress.evaluate.stock import started_ahead
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.model.shapes import check_vocabulary, parameter_count
@@ -23,7 +23,7 @@ from compress.model.tokenizer import load_tokenizer
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.records import RECORD, Record, now, read_record
-from compress.run.artefact import check_output, keep_foreign, publish, work_folder
+from compress.run.artefact import check_output, check_work, keep_foreign, publish, work_folder
 from compress.run.plan import calibration_of, open_model
 from compress.run.warnings import cautions
 from compress.stages.quantize.plan import plan_matrices, quantized_bytes
@@ -78,8 +78,7 @@ def run(recipe: Recipe, options: Options, reporter: Reporter) -> records.Report 
     leads = distributed.rank() == 0
     if leads:
         check_output(output)
-        if work == output or output in work.parents:
-            raise OutputError(f"--work-dir {work}: lies in the output folder; name another folder")
+        check_work(work, output, recipe.model)
         make_writable(output.parent)
     with RunLock(work) if leads else nullcontext(), writing(work), _fitting():
         distributed.barrier()

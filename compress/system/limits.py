@@ -7,6 +7,7 @@ is in. Where the system has no such limits (memory outside of Linux, time outsid
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,13 +49,16 @@ def _alarm(seconds: int) -> Iterator[None]:
     def stop(_: int, __: FrameType | None) -> None:
         raise LimitError(f"took more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again: where it is raised, it may be lost
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    # again each second: what is raised inside a destructor is lost
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:  # an alarm of somebody else's
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 0.001), interval)
 
 
 def limit_process(seconds: int, memory: int) -> None:

@@ -49,50 +49,7 @@ def joined_mixture(desk: Desk) -> list[str]:
     return desk.config(model_type="jetmoe", num_local_experts=8)
 
 
-def sized(key: str, value: object, shown: str, most: str) -> Case:
-    line = f"FOLDER/model/config.json: {key}: {shown} is not a whole number from 1 to {most}; download the model again"
-    return Case(f"config.json with {key} {shown}", lambda desk: desk.config(**{key: value}), line)
-
-
-SIZES = [
-    sized("hidden_size", -64, "-64", "4,194,304"),
-    sized("hidden_size", 10**18, "1000000000000000000", "4,194,304"),
-    sized("hidden_size", "64", "'64'", "4,194,304"),
-    sized("head_dim", 0, "0", "4,194,304"),
-    sized("intermediate_size", [96, -96], "[96, -96]", "4,194,304"),
-    sized("num_key_value_heads", 0, "0", "65,536"),
-    sized("num_key_value_heads", -1, "-1", "65,536"),
-    sized("num_attention_heads", True, "True", "65,536"),
-    sized("num_hidden_layers", 10**9, "1000000000", "16,384"),
-    sized("vocab_size", -5, "-5", "268,435,456"),
-    sized("max_position_embeddings", float("nan"), "nan", "1,099,511,627,776"),
-    Case(
-        "heads that do not share keys and values evenly",
-        lambda desk: desk.config(num_attention_heads=4, num_key_value_heads=3),
-        "FOLDER/model/config.json: num_key_value_heads: 3 does not divide num_attention_heads: 4; download the model "
-        "again",
-    ),
-    Case(
-        "padding token that is none",
-        lambda desk: desk.config(pad_token_id=99999),
-        "FOLDER/model/config.json: pad_token_id: 99999 is not one of the 4096 tokens; write null or one of them",
-    ),
-    Case(
-        "config.json nested too deeply",
-        lambda desk: desk.write("model/config.json", '{"a": ' + "[" * 100_000),
-        "FOLDER/model/config.json: not valid JSON (nested too deeply); download the model again",
-    ),
-    Case(
-        "index nested too deeply",
-        lambda desk: desk.weight_map("[" * 100_000),
-        "FOLDER/model/model.safetensors.index.json: not a valid index (ValueError('nested too deeply')); download the "
-        "model again",
-    ),
-]
-
-
 CASES = [
-    *SIZES,
     Case(
         "model folder that is not there",
         lambda desk: desk.recipe("model: model", "model: ./modle"),
