@@ -12,12 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from compress import __version__
-from compress.errors import DscompressError, UserError
+from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
     from compress.system.progress import Reporter
+
+_MOST_PROBLEMS = 50
 
 
 class _Group(TyperGroup):
@@ -36,8 +38,16 @@ class _Group(TyperGroup):
 def _say(error: DscompressError) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    problems = error.problems if isinstance(error, RecipeError) else [str(error)]
+    more = len(problems) - _MOST_PROBLEMS
+    for problem in problems[:_MOST_PROBLEMS] + ([f"{more:,} more problems; mend these first"] if more > 0 else []):
+        print(f"error: {_printable(problem)}", file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """One line, in which what a file slipped in can't steer the terminal."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 app = typer.Typer(
@@ -142,7 +152,7 @@ def run(
     if words := speed_words(report):
         print(f"speed       {words}")
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
-    if report.verified is not None and not report.verified.passed and report.verified.max_logit_difference is not None:
+    if report.verified is not None and not report.verified.passed:
         raise typer.Exit(1)
 
 
@@ -290,12 +300,13 @@ def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
 def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -> None:
     """What a run would do; nothing is computed or written but a GGUF file's copy in the work folder."""
     from compress.model.source import resolve_model
-    from compress.run.artefact import check_output, work_folder
+    from compress.run.artefact import check_output, check_work, work_folder
     from compress.run.plan import plan_run
 
     output = Path(recipe.output)
     check_output(output)
     work = work_folder(output, work_dir)
+    check_work(work, output, recipe.model)
     planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say))
     for line in planned.warnings:
         reporter.warn(line)

@@ -8,8 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
+from compress.data.guard import render
 from compress.data.sources import Row
 from compress.errors import CalibrationError
 
@@ -151,12 +150,14 @@ class Renderer:
             contents = [message.get("content") for message in messages]
             return Document("\n\n".join(text for text in contents if isinstance(text, str)), add_special_tokens=True)
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError) as error:  # TypeError: a template that adds a content that is not text
+            text = render(self._tokenizer, messages)
+        except CalibrationError as error:
+            raise CalibrationError(f"{where}: {error}") from error
+        except Exception as error:  # a template is a program: it may raise anything
             self._refused += 1
             self._first_refusal = self._first_refusal or f"{where}: {' '.join(str(error).split())}"
             return Document("", add_special_tokens=False)
-        return Document(str(text), add_special_tokens=False)
+        return Document(text, add_special_tokens=False)
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:

@@ -7,17 +7,19 @@ dscompress can then have a hand in what is loaded.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data.guard import render
 from compress.system.distributed import alone
 from compress.system.machine import waited
 from compress.system.memory import resident
@@ -27,7 +29,11 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 48
 LOGITS = "logits.safetensors"
-NO_MEMORY = "for want of memory"
+# By which Python, torch, C++ and the system say that memory or disk ran out; lines of the loader's last words.
+_SHORT = (
+    "MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+    "No space left on device", "Disk quota exceeded",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,14 @@ class Answer:
 
     With a `failure`, there are logits where it was the continuations that failed.
 
-    `pace` has the figures of `compress.records.Pace`, if there was a timing.
+    `short`: it failed for want of memory or disk, which says nothing of the checkpoint. `pace` has the figures of
+    `compress.records.Pace`, if there was a timing.
     """
 
     logits: "Tensor | None"
     continuations: list[str]
     failure: str | None = None
+    short: bool = False
     pace: dict[str, float] | None = None
 
 
@@ -133,11 +141,20 @@ def _answer_of(process: "subprocess.Popen[str]", folder: Path) -> Answer:
     _, said = process.communicate()
     logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
     if process.returncode:
-        lines = said.strip().splitlines()
-        killed = f"the loader was stopped by signal {-process.returncode}, most likely {NO_MEMORY}"
-        return Answer(logits, [], killed if process.returncode < 0 else lines[-1] if lines else "no reason given")
+        return replace(_failed(process.returncode, said.strip().splitlines()), logits=logits)
     found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return Answer(logits, found["texts"], pace=found["pace"])
+
+
+def _failed(code: int, said: list[str]) -> Answer:
+    """The answer of a process that ended with a code other than 0, and what it had said."""
+    reason = said[-1] if said else "no reason given"
+    if code == -signal.SIGKILL:
+        return Answer(None, [], "the loader was stopped by signal 9, most likely for want of memory", short=True)
+    short = next((line for line in reversed(said) if any(words in line for words in _SHORT)), None)
+    if code < 0:
+        reason = f"the loader was stopped by signal {-code}" + (f" ({said[-1]})" if said else "")
+    return Answer(None, [], short or reason, short=short is not None)
 
 
 def _answer() -> None:
@@ -199,7 +216,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
     """Greedy continuation; a chat model answers the prompt as a user's message."""
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, message, add_generation_prompt=True)
         encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")

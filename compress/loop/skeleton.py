@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.loop.catcher import by_layers
 from compress.model.arch import Arch, find_arch
+from compress.model.numbers import check_padding
 
 
 def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Arch]:
@@ -23,8 +25,12 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a model's own code raises for a config that it can't be built of may be anything
+        if isinstance(error, AssertionError) and "adding_idx" in str(error):
+            check_padding(config.to_dict(), folder / "config.json")
+        reason = shorten(str(error).strip() or repr(error), 300, placeholder=" ...")
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
     with by_layers(model):
         for module in model.modules():  # buffers again, not in `dtype`: as from_pretrained makes them

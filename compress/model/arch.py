@@ -5,6 +5,7 @@ module tree; otherwise the error says which part was not found. Which linears sh
 layer loop sees it when it runs a layer once on the meta device, and what it sees can't be out of date.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,10 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
-_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+# A part of a tensor's name that only the layers of a mixture of experts have. Configs of dense models may keep the keys
+# of their family's mixtures, so these count only where the weights of a layer are joined to one tensor [E, O, I].
+_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
+_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def depth_of(config: Mapping[str, Any]) -> int | None:
@@ -78,8 +82,13 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((value for name in names if isinstance(value := config.get(name), int)), None)
 
 
-def check_supported(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what can't be compressed, from config.json alone.
+def check_supported(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse what can't be compressed, from config.json and the tensors' shapes.
+
+    Args:
+        config: config.json.
+        shapes: of every tensor, by name.
+        where: what errors start with.
 
     Raises:
         ModelError: quantized already, a mixture of experts, or no decoder-only language model.
@@ -88,9 +97,9 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ModelError(f"{where}: already quantized ({method}); give the original bf16, fp16 or fp32 model")
-    if any(config.get(key) for key in _MOE_KEYS):
+    if experts := _experts(config, shapes):
         kind = config.get("model_type")
-        raise ModelError(f"{where}: {kind} is a mixture of experts; only dense models are supported")
+        raise ModelError(f"{where}: {kind} is a mixture of experts ({experts}); only dense models are supported")
     if "text_config" in config:
         raise ModelError(
             f"{where}: {config.get('model_type')} is a multimodal model; give its text model alone as a folder"
@@ -100,6 +109,15 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
             f"{where}: model_type {config.get('model_type')!r} is no decoder-only language model "
             f"with num_hidden_layers; supported: {', '.join(FAMILIES)} and dense models of the same shape"
         )
+
+
+def _experts(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The name of a tensor of experts, if there is one."""
+    counts = [count for key in _MOE_KEYS if isinstance(count := config.get(key), int)]
+    joined = [(count,) for count in counts if count > 1]
+    return next(
+        (n for n, shape in shapes.items() if _EXPERTS.search(n) or (len(shape) == 3 and shape[:1] in joined)), None
+    )
 
 
 OWN_CODE = (

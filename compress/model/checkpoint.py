@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from compress.errors import ModelError
 from compress.model.arch import depth_of
 from compress.model.names import canonical_names, layers_beyond
+from compress.model.numbers import check_numbers
 from compress.system.files import link_or_copy, unwritable
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 2_000_000_000
 _BLOCK = 1 << 22
+MAX_JSON_BYTES = 100_000_000  # of a config or an index; the largest models' have a tenth
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -191,12 +193,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{folder}: no config.json, so this is no Hugging Face model folder; give one that has it")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = _read_json(file)
     except (ValueError, OSError) as error:
         raise ModelError(f"{file}: not valid JSON ({error}); download the model again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: holds no JSON object; download the model again")
+    check_numbers(config, file)
     return config
+
+
+def _read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it holds no JSON, or more than such a file can mean.
+        OSError: it can't be read.
+    """
+    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{size:,} bytes")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _named_by_config(folder: Path, name: Any) -> dict[str, str]:
@@ -217,7 +235,7 @@ def _named_by_config(folder: Path, name: Any) -> dict[str, str]:
 def _read_index(index: Path) -> dict[str, str]:
     """The file of each tensor; all are there, in the index's own folder."""
     try:
-        parsed = json.loads(index.read_text(encoding="utf-8"))
+        parsed = _read_json(index)
         listed = parsed["weight_map"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{index}: not a valid index ({error!r}); download the model again") from error

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from compress.errors import RecipeError
 from compress.recipe.messages import (
+    Excess,
     Location,
     dotted,
     known_fields,
@@ -36,6 +37,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _AFTER_FILE = 1 << 30
+# Many times what a long recipe has; what has more is no recipe, and PyYAML would take minutes or crash.
+_MOST_BYTES, _MOST_VALUES, _MOST_LEVELS, _MOST_DIGITS = 1_000_000, 20_000, 20, 100
+_MOST_PROBLEMS = 50
+_TOO_DEEP = f"is nested more than {_MOST_LEVELS} levels deep; no key of a recipe is"
 _STEP = re.compile(r"""\["([^"]+)"\]|\['([^']+)'\]|\[([^\]"']+)\]|([^.\[\]"'=]+)""")
 
 
@@ -67,6 +72,7 @@ class Document:
         self.data: dict[str, Any] = {}
         self.places: dict[Location, Place] = {}
         self.problems: list[tuple[int, str]] = []
+        self._values = 0
 
     @classmethod
     def read(cls, path: Path, folder: Path | None = None) -> "Document":
@@ -86,8 +92,6 @@ class Document:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
             line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
             raise RecipeError([f"{document._place(line + 1).label}: {syntax_message(error)}"]) from None
-        except RecursionError:
-            raise RecipeError([f"{shown_path(path)}: is nested too deeply, or an anchor holds itself"]) from None
         if not isinstance(data, dict):
             message = f"{shown_value(data)} is not a mapping; write lines of key: value"
             raise RecipeError([f"{document.places[()].label}: {message}"])
@@ -105,6 +109,8 @@ class Document:
         place, name = self.place(location), dotted(location)
         prefix = place.label if place.label == f"--{name}" else f"{place.label}: {name}"
         self.problems.append((place.line, f"{prefix}: {message}"))
+        if len(self.problems) >= _MOST_PROBLEMS:  # more help nobody, and finding what each one means takes time
+            self.raise_problems()
 
     def raise_problems(self) -> None:
         """Raises every problem noted so far, in the order of the file, if there is any."""
@@ -142,9 +148,12 @@ class Document:
 
     def override(self, assignment: str) -> None:
         """Applies one `--set path=value`; the value is YAML. Mistakes are noted as problems of that option."""
-        place = Place(_AFTER_FILE, f"--set {assignment}", Path.cwd())
+        shown = assignment if len(assignment) <= 200 else f"{assignment[:197]}..."
+        place = Place(_AFTER_FILE, f"--set {shown}", Path.cwd())
         try:
             parts, text = split_assignment(assignment)
+            if len(parts) > _MOST_LEVELS:
+                raise LookupError(_TOO_DEEP)
             container, location = self._open(parts, place)
             node = _compose(text)
             self._forget(location)
@@ -181,9 +190,12 @@ class Document:
 
     def _text(self) -> str:
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                content = file.read(_MOST_BYTES + 1)
         except OSError as error:
             raise RecipeError([f"{shown_path(self.path)}: can't be read: {error.strerror}"]) from None
+        if len(content) > _MOST_BYTES:
+            raise RecipeError([f"{shown_path(self.path)}: has more than {_MOST_BYTES:,} bytes; name a YAML file"])
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -193,6 +205,10 @@ class Document:
 
     def _construct(self, node: yaml.Node, location: Location, place: Place | None = None) -> Any:
         """Plain data of a node; notes the place of each value (`place` or else its line) and keys written twice."""
+        self._values += 1
+        if self._values > _MOST_VALUES or len(location) > _MOST_LEVELS:
+            problem = "its aliases (*) stand for themselves or for too much; write the values out"
+            raise Excess(problem, node.start_mark)
         self.places.setdefault(location, place or self._place(node.start_mark.line + 1))
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(item, (*location, index), place) for index, item in enumerate(node.value)]
@@ -289,6 +305,7 @@ def _key(container: Any, part: str, location: Location) -> str | int:
 
 
 def _compose(text: str) -> yaml.Node | None:
+    _check_extent(text)
     loader = _Loader(text)
     try:
         return loader.get_single_node()
@@ -296,11 +313,27 @@ def _compose(text: str) -> yaml.Node | None:
         loader.dispose()
 
 
+def _check_extent(text: str) -> None:
+    """Refuse what is nested too deeply or has too many values, event by event: nothing is built, nothing recurses."""
+    depth = values = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.NodeEvent)
+        if depth > _MOST_LEVELS:
+            raise Excess(_TOO_DEEP, event.start_mark)
+        if values > _MOST_VALUES:
+            problem = f"has more than {_MOST_VALUES:,} keys and values; no recipe has"
+            raise Excess(problem, event.start_mark)
+
+
 def _scalar(node: yaml.Node) -> Any:
     if node.tag.endswith(":timestamp"):
         return node.value
+    if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+        problem = f"a number has {len(node.value):,} characters; use at most {_MOST_DIGITS}, or put text in quotes"
+        raise Excess(problem, node.start_mark)
     try:
         return yaml.constructor.SafeConstructor().construct_object(node)
-    except ValueError:
-        problem = f"{node.value!r} is not what its tag says"
+    except (ValueError, LookupError, OverflowError):  # !!int x, !!bool x
+        problem = f"{shown_value(node.value)} is not what its tag says"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None

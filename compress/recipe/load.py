@@ -24,6 +24,7 @@ from compress.recipe.schema import LOCAL_SUFFIXES, CalibrationSpec, Recipe, bund
 YAML_SUFFIXES = (".yaml", ".yml")
 LOCAL_TYPES = f"{', '.join(LOCAL_SUFFIXES)}, each also .gz"
 COMMAND_LINE = 1 << 31
+_LONGEST_NAME, _LONGEST_PATH = 240, 3900  # a little less than systems allow: what is written has names of its own
 DEFAULT_CALIBRATION = str(Recipe.model_fields["calibration"].default)
 
 
@@ -157,7 +158,7 @@ def _write_out_calibration(document: Document) -> None:
 def _resolve_model(document: Document) -> Path | None:
     """Makes a local `model` absolute and returns it; a hub id and a file of a package stay what they are."""
     model = _text_at(document, ("model",))
-    if model is None or model.startswith("package:"):
+    if model is None or _is_too_long(document, "model", Path(model)) or model.startswith("package:"):
         return None
     path = _absolute(model, document.place(("model",)).folder)
     kind = _kind(path)
@@ -180,6 +181,7 @@ def _resolve_output(document: Document, model: Path | None) -> None:
     document.replace(("output",), str(path))
     if _kind(path) == "file":
         document.add_problem(("output",), f"{output}: is a file; name a folder that the result may take")
+    _is_too_long(document, "output", path)
     if model is None:
         return
     real, real_model = Path(os.path.realpath(path)), Path(os.path.realpath(model))
@@ -242,7 +244,7 @@ def _text_at(document: Document, location: Location) -> str | None:
     value: Any = document.data
     for part in location:
         value = value.get(part) if isinstance(value, dict) else None
-    return (value.strip() or None) if isinstance(value, str) else None
+    return (value.strip() or None) if isinstance(value, str) and "\0" not in value else None
 
 
 def _absolute(text: str, folder: Path) -> Path:
@@ -259,6 +261,16 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
         return "folder" if stat.S_ISDIR(path.stat().st_mode) else "file"
     except (OSError, ValueError):
         return None
+
+
+def _is_too_long(document: Document, key: str, path: Path) -> bool:
+    """Whether no system has such a path, which is then a problem of `key`."""
+    names = [len(os.fsencode(part)) for part in path.parts]
+    too_long = max(names, default=0) > _LONGEST_NAME or sum(names) + len(names) > _LONGEST_PATH
+    if too_long:
+        message = f"is too long; a name in a path can have {_LONGEST_NAME} bytes, the path {_LONGEST_PATH:,}"
+        document.add_problem((key,), f"{shown_value(str(path))} {message}")
+    return too_long
 
 
 def _guess_file(path: Path) -> str:

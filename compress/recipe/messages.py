@@ -18,6 +18,18 @@ from pydantic_core import ErrorDetails
 Location: TypeAlias = tuple[str | int, ...]
 
 
+class Excess(yaml.YAMLError):
+    """More of something than a recipe can mean.
+
+    Args:
+        problem: the whole message.
+        problem_mark: of PyYAML, where it is.
+    """
+
+    def __init__(self, problem: str, problem_mark: Any) -> None:
+        self.problem, self.problem_mark = problem, problem_mark
+
+
 def shown_path(path: Path) -> str:
     """`path` as people would type it: relative to the current folder where it lies inside."""
     try:
@@ -87,6 +99,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def syntax_message(error: yaml.YAMLError) -> str:
     """One line for a YAML error, with the remedy for the mistakes that recipes invite."""
+    if isinstance(error, Excess):
+        return error.problem
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "can't be parsed"
     context = getattr(error, "context", None) or ""
     if "alias" in f"{problem} {context}":

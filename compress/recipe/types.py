@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,13 +48,19 @@ def parse_number(value: object) -> object:
     return value
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul", "holds a NUL character, which no name or path can have; remove it")
+    return text
+
+
 Count: TypeAlias = Annotated[
     int,
     BeforeValidator(parse_count),
     WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_COUNT}$"}]}),
 ]
 Number: TypeAlias = Annotated[float, BeforeValidator(parse_number)]
-Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_without_nul)]
 DAMP: Any = Field(
     default=0.01,
     gt=0,

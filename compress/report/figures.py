@@ -214,6 +214,8 @@ def verdict(report: Report) -> str:
         return text + ". The written files were not opened again to verify them."
     if verified.passed:
         return text + f". Verified: {verified.loader} opens it and gives what was computed."
+    if verified.max_logit_difference is None:
+        return text + f". NOT verified: {verified.loader} can't open it."
     return text + f". NOT verified: opened by {verified.loader}, it differs from what was computed."
 
 

@@ -147,6 +147,9 @@ def _failures(report: Report) -> list[str]:
     verified = report.verified
     if verified is None or verified.passed:
         return []
+    if verified.max_logit_difference is None:
+        note = verified.note or "it gave no reason"
+        return [f"Verification failed: {verified.loader} can't open it ({note}). Do not use this checkpoint."]
     difference, tolerance = figures.number(verified.max_logit_difference), figures.number(verified.tolerance)
     return [
         f"Verification failed: opened by {verified.loader}, the logits differ by up to {difference} "

@@ -14,6 +14,7 @@ A folder gets its final name by one rename, when it is whole. Never imports torc
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,7 @@ from compress.model.checkpoint import read_part, write_part
 from compress.model.side_files import refresh
 from compress.records import RECORD, Probe, Record, now, read_record
 from compress.stages.contract import Result
-from compress.system.files import commit, link_or_copy, write_text
+from compress.system.files import commit, link_or_copy, unwritable, write_text
 from compress.system.fingerprint import digests
 from compress.system.locks import FileLock
 from compress.system.machine import versions
@@ -142,6 +143,28 @@ class StageArtefact:
 def work_folder(output: Path, work_dir: Path | None) -> Path:
     """Where intermediate artefacts lie: what `--work-dir` says, else beside the output."""
     return work_dir or output.parent / ".dscompress"
+
+
+def check_work(work: Path, output: Path, model: str) -> None:
+    """Refuse a work folder inside the output, which is replaced, or inside the model's folder, which is not ours.
+
+    Args:
+        work: the work folder.
+        output: the output folder.
+        model: what the recipe calls the model.
+
+    Raises:
+        OutputError: naming it.
+    """
+    try:
+        work.exists()
+    except OSError as error:
+        raise unwritable(work, error) from error
+    real = Path(os.path.realpath(work))
+    for what, folder in (("output", output), ("model", Path(model))):
+        place = Path(os.path.realpath(folder))
+        if (real == place or place in real.parents) and (what == "output" or place.is_dir()):
+            raise OutputError(f"--work-dir {work}: lies in the {what} folder; name another folder")
 
 
 def check_output(output: Path) -> None:

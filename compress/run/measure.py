@@ -73,6 +73,8 @@ class Measurement:
         if not verified.passed:
             reason = verified.note or "it differs"
             context.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
+        elif verified.note:
+            context.reporter.say(f"verified by the {verified.loader}: {verified.note}")
         return verified
 
     def quality(self, windows: TokenSet | None) -> records.Quality | None:

@@ -91,7 +91,7 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
 
 def _open(folder: Path, recipe: Recipe) -> Checkpoint:
     base = Checkpoint(folder)
-    check_supported(base.config, recipe.model)
+    check_supported(base.config, {n: info.shape for n, info in base.tensors.items()}, recipe.model)
     check_code(base.config, recipe.model, recipe.trust_remote_code)
     check_depth(base)
     return base

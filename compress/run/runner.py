@@ -29,7 +29,7 @@ from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
-from compress.run.artefact import StageArtefact, check_output, keep_foreign, publish, work_folder
+from compress.run.artefact import StageArtefact, check_output, check_work, keep_foreign, publish, work_folder
 from compress.run.measure import Measurement, prompts_of
 from compress.run.plan import RunPlan, calibration_of, plan_run
 from compress.stages import KINDS
@@ -154,8 +154,7 @@ class _Job:
                 yield
             return
         check_output(self.output)
-        if self.work == self.output or self.output in self.work.parents:
-            raise OutputError(f"--work-dir {self.work}: lies in the output folder; name another folder")
+        check_work(self.work, self.output, self.recipe.model)
         lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         try:
             lock.acquire(exclusive=True)

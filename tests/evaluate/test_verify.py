@@ -1,18 +1,23 @@
 """A whole run of a small recipe, and verification: of what it wrote, and of damaged copies of it."""
 
 import json
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command import invoke
+from desk import RUN, Desk
 from random_models import load_stock, make_model, random_tokens
 
 from compress.evaluate import verify
-from compress.evaluate.stock import Answer, Request
+from compress.evaluate.stock import Answer, Request, _failed
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.schema import Recipe
 from compress.records import Report
 from compress.run.runner import run
+from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -118,8 +123,80 @@ def test_verify_command_compares_with_the_record_and_with_the_stock_loader(finis
     assert all(check.passed for check in checks)
     damaged = copied(output, tmp_path / "damaged")
     flip(damaged, "model.layers.0.self_attn.q_proj.weight_packed")
-    found = {check.name: check.passed for check in verify.verify_checkpoint(damaged, CPU, dtype, False)}
-    assert not found.pop("record") or not found.pop("files")
+    found = {check.name: check for check in verify.verify_checkpoint(damaged, CPU, dtype, False)}
+    assert found["files"] == verify.Check("files", False, "changed since they were written: model.safetensors")
+    # the digest corrected too: what was computed is another witness
+    record = json.loads((damaged / "dscompress.json").read_text())
+    record["files"] = {name: sha256(damaged / name) for name in record["files"]}
+    (damaged / "dscompress.json").write_text(json.dumps(record))
+    found = {check.name: check for check in verify.verify_checkpoint(damaged, CPU, dtype, False)}
+    assert {name: check.passed for name, check in found.items()} == {
+        "files": True, "record": False, "stock loader": True,  # which reads the same damaged codes as our reader
+    }  # fmt: skip
+    assert found["record"].detail.startswith(f"{verify.OWN}: largest difference of a logit ")
     (damaged / "dscompress.json").unlink()
     unknown = {check.name: check.passed for check in verify.verify_checkpoint(damaged, CPU, dtype, False)}
     assert unknown["record"] is None and unknown["stock loader"]
+
+
+@pytest.mark.usefixtures("stock_in_process")
+def test_our_reader_and_the_stock_loader_are_compared(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = copied(finished[1], tmp_path / "copy")
+    (output / "dscompress.json").unlink()
+    other = copied(output, tmp_path / "other")
+    flip(other, "model.layers.0.self_attn.q_proj.weight_packed")
+    ask = verify.ask
+    monkeypatch.setattr(verify, "ask", lambda request: ask(replace(request, model=str(other))))
+    found = {check.name: check.passed for check in verify.verify_checkpoint(output, CPU, torch.float32, False)}
+    assert found == {"files": True, "record": None, "stock loader": False}
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "failure", "short"),
+    [
+        (1, ["Traceback", "KeyError: 'x'"], "KeyError: 'x'", False),
+        (1, [], "no reason given", False),
+        (-9, [], "the loader was stopped by signal 9, most likely for want of memory", True),
+        (-11, [], "the loader was stopped by signal 11", False),
+        (-6, ["what():  std::bad_alloc"], "what():  std::bad_alloc", True),
+        (1, ["MemoryError"], "MemoryError", True),
+        (1, ["torch.OutOfMemoryError: CUDA out of", "a hint"], "torch.OutOfMemoryError: CUDA out of", True),
+        (1, ["OSError: [Errno 28] No space left on device"], "OSError: [Errno 28] No space left on device", True),
+    ],
+)  # fmt: skip
+def test_want_of_memory_or_disk_is_told_from_a_checkpoint_that_cannot_be_opened(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, code: int, said: list[str], failure: str, short: bool
+) -> None:
+    answer = _failed(code, said)
+    assert (answer.logits, answer.failure, answer.short) == (None, failure, short)
+    monkeypatch.setattr(verify, "ask", lambda request: answer)
+    output, dtype = finished[1], torch.bfloat16
+    computed = verify.own_logits(Checkpoint(output), TOKENS, CPU, dtype, False)
+    found = verify.verify_logits(output, TOKENS, computed, CPU, dtype, False)
+    if short:
+        assert (found.loader, found.passed, found.max_logit_difference) == (verify.OWN, True, 0.0)
+        assert found.note == f"no room for the stock loader: {failure}"
+    else:
+        assert (found.loader, found.passed, found.max_logit_difference) == (verify.STOCK, False, None)
+        assert found.note == failure
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "end"),
+    [
+        ("KeyError: 'x'", 1, f"warning: the written checkpoint was not verified by {verify.STOCK}: KeyError: 'x'\n"),
+        ("MemoryError", 0, f"verified by the {verify.OWN}: no room for the stock loader: MemoryError\n"),
+    ],
+)
+def test_exit_code_of_a_run_whose_result_the_stock_loader_cannot_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, end: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verify, "ask", lambda request: _failed(1, [line]))
+    with ExitStack() as stack:
+        Desk(tmp_path, stack)
+        result = invoke(*RUN)
+    assert (result.exit_code, end in result.stderr) == (code, True), result.stderr
+    assert json.loads((tmp_path / "out/report.json").read_text())["verified"]["passed"] == (code == 0)

@@ -45,7 +45,7 @@ def problems(text: str | bytes, *overrides: str, **options: Any) -> list[str]:
         ("\nhello\n", "r.yaml:2: 'hello' is not a mapping; write lines of key: value"),
         (b"name: a\nmodel: \xff\n", "r.yaml:2: byte 0xff is not UTF-8; save the file as UTF-8"),
         ("a: 1\n---\nb: 2\n", "r.yaml:2: holds more than one YAML document; keep one (remove the --- between them)"),
-        ("a: &x [*x]\n", "r.yaml: is nested too deeply, or an anchor holds itself"),
+        ("a: &x [*x]\n", "r.yaml:1: its aliases (*) stand for themselves or for too much; write the values out"),
         ("a: 1\nb: !thing 3\n", "r.yaml:2: not YAML: could not determine a constructor for the tag '!thing'"),
         ("a: !!int b\n", "r.yaml:1: not YAML: 'b' is not what its tag says"),
         ("{a: b}: c\n", "r.yaml:1: not YAML: a key must be text"),
@@ -100,12 +100,13 @@ def test_recipes_that_are_not_there(folder: Path, reference: str, line: str) -> 
 
 
 def test_unreadable_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    Path("r.yaml").touch()
+
+    def refuse(path: Path, *_: object) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # a mode is no obstacle where tests run as root
+    monkeypatch.setattr(Path, "open", refuse)  # a mode is no obstacle where tests run as root
     with pytest.raises(RecipeError, match=r"^r.yaml: can't be read: Permission denied$"):
-        Path("r.yaml").touch()
         load_recipe("r.yaml")
 
 

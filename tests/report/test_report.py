@@ -298,6 +298,16 @@ def test_a_failed_verification_is_said_first(tmp_path: Path) -> None:
     assert summary_table(report)[-1][2] == "FAIL"
 
 
+def test_a_checkpoint_that_the_loader_cannot_open_is_said_first(tmp_path: Path) -> None:
+    record = _record()
+    record["verified"] |= {"passed": False, "max_logit_difference": None, "note": "KeyError: 'x'"}
+    report, html, md, card = _written(record, tmp_path)
+    for content in (_Page(html).text, md, card):
+        assert "NOT verified: transformers can't open it." in content
+        assert "Verification failed: transformers can't open it (KeyError: 'x'). Do not use this" in content
+    assert summary_table(report)[-1][2] == "FAIL"
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "waited", "words"),
     [

@@ -39,6 +39,7 @@ from compress.records import Stage
 from compress.run.tools import inspect
 from compress.stages import layerwise as stage_module
 from compress.stages.quantize.activations import ActivationScales
+from compress.stages.quantize.cache_plan import check_cache
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -411,6 +412,40 @@ def test_a_family_whose_cache_is_not_known_is_refused(models: Callable[..., Path
         RecipeError, match=r"self_attn has 4 key-value heads and config.json says 2.*; use kv_cache: fp8$"
     ):
         quantize(spec(kv_cache="fp8_per_head"), Checkpoint(wrong), tmp_path, context())
+
+
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 4096, "use_double_wide_mlp": False,
+}  # fmt: skip
+
+
+def test_layers_with_heads_of_their_own_are_refused_before_anything_is_computed(
+    models: Callable[..., Path], tmp_path: Path
+) -> None:
+    """No stock loader opens such a cache: transformers refuses to say one width of heads for the model."""
+    pytest.importorskip("transformers.models.gemma4")
+    pytest.importorskip("transformers.integrations.heterogeneity")
+    stage = spec("static", dtype="fp8", kv_cache="fp8")
+    wide = Checkpoint(models("gemma4_text", global_head_dim=32, **GEMMA4))
+    what = (
+        "model.layers.0.self_attn.k_proj.weight has 32 rows and model.layers.1.self_attn.k_proj.weight 64), and "
+        "loaders know one for all layers; use kv_cache: null"
+    )
+    with pytest.raises(RecipeError) as caught:
+        check_cache(stage, wide, "stages.0")
+    assert str(caught.value) == f"stages.0.kv_cache: the layers' keys and values differ in width ({what}"
+    same_rows = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    even = Checkpoint(models("gemma4_text", global_head_dim=32, **GEMMA4, **same_rows))
+    with pytest.raises(RecipeError) as caught:
+        check_cache(stage, even, "stages.0")
+    ends = "for each layer, and loaders know one for all layers; use kv_cache: null"
+    assert str(caught.value) == f"stages.0.kv_cache: config.json has num_key_value_heads {ends}"
+    with pytest.raises(RecipeError) as caught:
+        quantize(stage, even, tmp_path, context())
+    assert str(caught.value) == f"kv_cache: Gemma4ForCausalLM has num_key_value_heads {ends}"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    check_cache(spec("static", dtype="fp8"), wide, "stages.0")  # without the cache nothing is wrong
 
 
 # ---- resume

@@ -1,5 +1,6 @@
 """Every mistake that a user can make, how it is made, and the one line that it gets: the table of test_bad_input.py."""
 
+import hostile_mistakes
 import mistakes_in_models
 import numpy as np
 from desk import RUN, Case, Desk
@@ -205,6 +206,7 @@ CASES = [
     ),
     *EIGHT_BITS,
     *mistakes_in_models.CASES,
+    *hostile_mistakes.CASES,
     # The text
     Case(
         "calibration file that is not there",

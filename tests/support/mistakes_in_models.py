@@ -53,6 +53,16 @@ def end_in_words(desk: Desk) -> list[str]:
     return desk.recipe("evaluate: false", "evaluate: {text: text.txt, sequence_length: 32, windows: 1}")
 
 
+def mixture(desk: Desk) -> list[str]:
+    desk.weights(model__layers__0__block_sparse_moe__experts__0__w1__weight=np.ones((96, 64), np.float16))
+    return desk.config(model_type="mixtral", num_local_experts=8)
+
+
+def joined_mixture(desk: Desk) -> list[str]:
+    desk.weights(model__layers__0__mlp__input_linear__weight=np.ones((8, 96, 64), np.float16))
+    return desk.config(model_type="jetmoe", num_local_experts=8)
+
+
 CASES = [
     Case(
         "model folder that is not there",
@@ -305,8 +315,15 @@ CASES = [
     ),
     Case(
         "mixture of experts",
-        lambda desk: desk.config(model_type="mixtral", num_local_experts=8),
-        "FOLDER/model: mixtral is a mixture of experts; only dense models are supported",
+        mixture,
+        "FOLDER/model: mixtral is a mixture of experts (model.layers.0.block_sparse_moe.experts.0.w1.weight); only "
+        "dense models are supported",
+    ),
+    Case(
+        "mixture of experts in joined tensors",
+        joined_mixture,
+        "FOLDER/model: jetmoe is a mixture of experts (model.layers.0.mlp.input_linear.weight); only dense models are "
+        "supported",
     ),
     Case(
         "multimodal model",

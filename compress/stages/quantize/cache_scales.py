@@ -9,6 +9,7 @@ Dimensions: B batch, K key-value heads, S sequence, D width of a head.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from compress.loop.catcher import Reached
 from compress.loop.kv_cache import attention_modules
 from compress.loop.stream import LayerStream
 from compress.quant.grid import LARGEST_FLOAT8, CacheFakeQuantize, FakeQuantize
+from compress.stages.quantize.cache_plan import HEADS, ONE_FOR_ALL
 
 
 class CacheScales:
@@ -36,8 +38,9 @@ class CacheScales:
     def __init__(self, stream: LayerStream, scale_dtype: torch.dtype, per_head: bool) -> None:
         self.stream, self.scale_dtype, self.per_head = stream, scale_dtype, per_head
         self.names = list(attention_modules(stream.model))
-        self._heads = getattr(stream.model.config.get_text_config(decoder=True), "num_key_value_heads", None)
-        kind = type(stream.model).__name__
+        kind, config = type(stream.model).__name__, stream.model.config.get_text_config(decoder=True)
+        heads = {key: _read(config, key, kind) for key in HEADS}
+        self._heads = heads["num_key_value_heads"]
         if len(self.names) != stream.depth:
             raise RecipeError(
                 [f"kv_cache: {kind} has no attention modules whose cache loaders can round; use kv_cache: null"]
@@ -99,3 +102,11 @@ class CacheScales:
             if f"{name}.k_scale" in tensors:
                 keys, values = (FakeQuantize(True, tensors[f"{name}.{part}_scale"].float()) for part in "kv")
                 self.stream.caches[name] = CacheFakeQuantize(keys, values)
+
+
+def _read(config: Any, key: str, kind: str) -> Any:
+    """What loaders read of a model's config; None where it has no such key."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError as error:  # so transformers says that each layer has its own
+        raise RecipeError([f"kv_cache: {kind} has {key} for each layer, {ONE_FOR_ALL}"]) from error

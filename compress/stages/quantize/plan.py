@@ -18,6 +18,7 @@ from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec
 from compress.stages.contract import Plan
+from compress.stages.quantize.cache_plan import check_cache
 from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.warnings import opened_by_few, refused_by_vllm
 from compress.system.units import size
@@ -43,6 +44,7 @@ def plan(
         return Plan(None, warnings=warnings, splits=splits)
     try:
         matrices = plan_matrices(spec, shapes, where)
+        check_cache(spec, shapes, where)
     except RecipeError as error:
         return Plan(shapes, problems=error.problems, warnings=warnings, splits=splits)
     found = estimate(spec, matrices, shapes, text.samples, text.sequence_length)
