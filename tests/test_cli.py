@@ -109,7 +109,7 @@ def test_options_of_run_replace_what_the_recipe_says(finished_run: FinishedRun, 
     assert len(bits) == 42
     assert {bits.pop(f"model.layers.{layer}.mlp.down_proj") for layer in range(6)} == {8}
     assert set(bits.values()) == {4}
-    assert {path.name for path in finished_run.work.iterdir()} == {"lock", "stages", "evaluations"}
+    assert {path.name for path in finished_run.work.iterdir()} == {"stages", "evaluations", "digests.json"}
 
 
 def test_the_report_counts_what_is_on_disk(finished_run: FinishedRun, tiny_model: Path) -> None:

@@ -9,7 +9,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.system.files import write_text
 from compress.system.fingerprint import content_digest, fingerprint
 
-_DIGESTS = "digests.json"
+DIGESTS = "digests.json"
 
 
 def identity(checkpoint: Checkpoint, cache: Path) -> str:
@@ -20,7 +20,7 @@ def identity(checkpoint: Checkpoint, cache: Path) -> str:
         cache: folder in which files' digests are kept, by what changes with each write to a file: inode, size and both
             times. A large model is read through once.
     """
-    kept = cache / _DIGESTS
+    kept = cache / DIGESTS
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
         known = json.loads(kept.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import OutputError
 from compress.model.checkpoint import read_part, write_part
+from compress.model.identity import DIGESTS
 from compress.model.side_files import refresh
 from compress.records import RECORD, Probe, Record, now, read_record
 from compress.stages.contract import Result
@@ -60,7 +61,7 @@ class StageArtefact:
         self.key, self.folder, self.part = key, stages / key, stages / f"{key}.part"
         self._probe = stages / f"{key}.probe.safetensors"
         self._lock = FileLock(stages / f"{key}.lock")
-        self._what, self._say = what, say
+        self._what, self._say, self._making = what, say, False
 
     def find(self, fresh: bool, device: str, parent: Path) -> Record | None:
         """The record of a finished artefact, which may be used from now on; None where it is for this process to make.
@@ -76,6 +77,7 @@ class StageArtefact:
             self._lock.acquire(exclusive=False, waiting=self._wait)
             record = self._finished()
             if record is not None:
+                shutil.rmtree(self.part, ignore_errors=True)  # of one that was killed when it had finished
                 return refresh(parent, self.folder, record)
             self._lock.release()
         self._lock.acquire(exclusive=True, waiting=self._wait)
@@ -111,6 +113,7 @@ class StageArtefact:
             )
             self._say(f"{self._what}: was begun with {changed}; starting it again")
             shutil.rmtree(self.part)
+        self._making = True
         self.part.mkdir(parents=True, exist_ok=True)
         write_text(noted, json.dumps(here))
 
@@ -125,6 +128,7 @@ class StageArtefact:
         write_part(self._probe, {"logits": result.logits}, {})
         commit(made, self.folder)
         shutil.rmtree(self.part, ignore_errors=True)
+        self._making = False
         self._lock.acquire(exclusive=False)
 
     def logits(self) -> "Tensor":
@@ -137,6 +141,8 @@ class StageArtefact:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._making and {path.name for path in self.part.glob("*")} <= {_ENVIRONMENT}:
+            shutil.rmtree(self.part, ignore_errors=True)  # it was begun, and nothing is lost
         self._lock.release()
 
 
@@ -165,6 +171,11 @@ def check_work(work: Path, output: Path, model: str) -> None:
         place = Path(os.path.realpath(folder))
         if (real == place or place in real.parents) and (what == "output" or place.is_dir()):
             raise OutputError(f"--work-dir {work}: lies in the {what} folder; name another folder")
+
+
+def is_work(path: Path) -> bool:
+    """Whether something in a work folder is what a run has worked for: a file that is no lock and no mere digest."""
+    return path.is_file() and path.suffix != ".lock" and path.name != DIGESTS
 
 
 def check_output(output: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import OutputError
+from compress.model.identity import DIGESTS
 from compress.system.locks import FileLock, InUseError, remove_unused_locks
 
 _KINDS = ("base", "stages", "evaluations")
@@ -47,7 +48,7 @@ def clean_cache(work: Path) -> int:
             else:
                 entry.path.unlink(missing_ok=True)
             freed += entry.bytes
-    (work / "digests.json").unlink(missing_ok=True)
+    (work / DIGESTS).unlink(missing_ok=True)
     remove_unused_locks(work)
     return freed
 

@@ -7,7 +7,7 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from compress.evaluate.stock import started_ahead
 from compress.evaluate.verify import probe_of, probe_tokens
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
-from compress.model.identity import identity
+from compress.model.identity import DIGESTS, identity
 from compress.model.shapes import check_vocabulary, parameter_count
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
-from compress.run.artefact import StageArtefact, check_output, check_work, keep_foreign, publish, work_folder
+from compress.run.artefact import StageArtefact, check_output, check_work, is_work, keep_foreign, publish, work_folder
 from compress.run.measure import Measurement, prompts_of
 from compress.run.plan import RunPlan, calibration_of, plan_run
 from compress.stages import KINDS
@@ -168,7 +168,9 @@ class _Job:
             with writing(self.work):
                 yield
         except BaseException:
-            if not any(path.is_file() and path.suffix != ".lock" for path in self.work.rglob("*")):
+            if not any(is_work(path) for path in self.work.rglob("*")):
+                with suppress(OSError):  # there may be a file in the folder's place
+                    (self.work / DIGESTS).unlink()
                 remove_unused_locks(self.work)
             raise
         finally:

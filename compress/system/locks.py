@@ -64,6 +64,7 @@ class FileLock:
         while not self._try(exclusive):
             holder = self._holder()
             if waiting is None:
+                self.release()
                 raise InUseError(self.file, holder)
             if not told:
                 waiting(holder)

@@ -124,8 +124,8 @@ def test_killed_again_and_again(folder: Path, whole: Whole) -> None:
 def test_finished_layers_are_not_computed_again(folder: Path, whole: Whole) -> None:
     process = killable.Process(RUN, folder, Moment("os.rename", r"layer-00004\.tmp -> "))
     assert process.end().code == KILLED
-    lock = (folder / ".dscompress" / "lock").read_text()
-    assert lock.startswith(f"process {process.pid} since ")  # a dead process's lock is in nobody's way
+    (lock,) = (folder / ".dscompress" / "stages").glob("*.lock")
+    assert lock.read_text().startswith(f"process {process.pid} since ")  # a dead process's lock is in nobody's way
     assert "continuing behind 4 finished layers" in finish(folder, whole)
     assert stage(folder)["resumed_layers"] == 4
     assert [layer["layer"] for layer in stage(folder)["layers"]] == [0, 1, 2, 3, 4, 5]
