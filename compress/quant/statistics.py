@@ -16,9 +16,14 @@ _BLOCK = {"cpu": 192, "cuda": 2048}  # columns of an upper block: narrower ones 
 
 
 class Gram:
-    """X^T X, or X^T diag(w) X, added up batch by batch."""
+    """X^T X, or X^T diag(w) X, added up batch by batch.
+
+    Attributes:
+        tokens: N so far.
+    """
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._sum: Tensor | None = None
 
     def add(self, batch: Tensor, weight: Tensor | None = None) -> None:
@@ -29,6 +34,7 @@ class Gram:
             weight: a weight >= 0 of every token, [...]; None counts all the same.
         """
         x_NI = batch.reshape(-1, batch.shape[-1])
+        self.tokens += len(x_NI)
         if weight is not None:
             x_NI = (x_NI * weight.reshape(-1, 1).sqrt()).to(torch.float32 if x_NI.device.type == "cpu" else x_NI.dtype)
         if self._sum is None:

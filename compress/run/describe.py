@@ -9,6 +9,7 @@ from compress.recipe.schema import Recipe
 from compress.run.artefact import check_output
 from compress.run.plan import calibration_of, open_model
 from compress.run.warnings import cautions
+from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.plan import estimate, plan_matrices
 from compress.system.progress import Reporter
 
@@ -29,6 +30,8 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     for number, stage in enumerate(recipe.stages):
         matrices = plan_matrices(stage, base, f"stages.{number}")
         plan = estimate(stage, matrices, base, text.samples, text.sequence_length)
+        for line in few_tokens(stage, matrices, text.samples * text.sequence_length, text.sequence_length):
+            reporter.warn(line)
         kinds = ", ".join(sorted({m.kind for m in matrices}))
         free = shutil.disk_usage(_existing(work)).free
         lines += [

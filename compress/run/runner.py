@@ -26,6 +26,7 @@ from compress.records import RECORD, Record, now, read_record
 from compress.run.artefact import check_output, keep_foreign, publish, work_folder
 from compress.run.plan import calibration_of, open_model
 from compress.run.warnings import cautions
+from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.plan import plan_matrices, quantized_bytes
 from compress.system import distributed
 from compress.system.files import commit, make_writable, write_text, writing
@@ -117,11 +118,16 @@ class _Run:
             self.reporter.warn(line)
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         context = self._context(base, tokenizer)
+        if (tokens := context.tokens) is not None:
+            for number, spec in enumerate(recipe.stages):
+                matrices = plan_matrices(spec, base, f"stages.{number}")
+                for line in few_tokens(spec, matrices, tokens.count, tokens.sequence_length):
+                    self.reporter.warn(line)
         windows = None
         if recipe.evaluate is not None and distributed.rank() == 0:
             windows = self._windows(recipe.evaluate, tokenizer)
-        read = [context.probe, *(each.tokens for each in (context.tokens, windows) if each is not None)]
-        check_vocabulary(base, max(int(tokens.max()) for tokens in read))
+        read = [context.probe, *(each.tokens for each in (tokens, windows) if each is not None)]
+        check_vocabulary(base, max(int(each.max()) for each in read))
         base_id = fingerprint("base", base.fingerprint())
         parent, parent_id = base, base_id
         stages = []

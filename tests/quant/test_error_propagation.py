@@ -102,7 +102,7 @@ def test_inputs_that_are_not_finite_are_named(broken: str) -> None:
     spec = WeightOnlyStage(kind="quantize", group_size=32)
     solver = Solver(spec, {"up": Grid(4, 32, True)})
     with pytest.raises(NumericalError, match=r"^NaN or inf in the inputs of up; the weights may be damaged$"):
-        solver.solve({"up": torch.randn(8, 32, generator=generator)}, gram.total(), drift)
+        solver.solve({"up": torch.randn(8, 32, generator=generator)}, gram.total(), drift, gram.tokens)
 
 
 CPU = torch.device("cpu")

@@ -43,7 +43,7 @@ from compress.system import distributed
 from compress.system.files import write_text
 from compress.system.memory import PeakMemory
 
-CODE_VERSION = 6  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 7  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
@@ -269,7 +269,9 @@ class _Quantization:
             found: dict[str, Solved] = {}
             for kind, members in alike.items():
                 hessian, drift = sums.pop(kind)
-                found |= self.solver.solve({n: raw[f"{n}.weight"] for n in members}, hessian.total(), drift)
+                found |= self.solver.solve(
+                    {n: raw[f"{n}.weight"] for n in members}, hessian.total(), drift, hessian.tokens
+                )
             if self.inputs is not None:
                 found = self.inputs.described(found, raw)
             solved.update(found)
@@ -319,7 +321,8 @@ class _Quantization:
         assert weight is not None, "plan_matrices names a head only where its weights are"
         with self.stream.outer():
             hessian = gram(map(self.stream.head_inputs, activations or ()))
-            solved = self.solver.solve({name: weight.to(self.context.device)}, hessian)
+            tokens = 0 if activations is None else activations.tokens
+            solved = self.solver.solve({name: weight.to(self.context.device)}, hessian, tokens=tokens)
         self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
         return solved
 

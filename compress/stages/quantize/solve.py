@@ -16,6 +16,7 @@ from compress.quant.error_propagation import PropagatedError
 from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
 from compress.quant.grid import Grid, Quantized
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.stages.quantize.few_tokens import damping, is_few, trust
 from compress.system import distributed
 
 
@@ -96,6 +97,7 @@ class Solver:
         weights: Mapping[str, Tensor],
         hessian: Tensor | None,
         drift: PropagatedError | None = None,
+        tokens: int = 0,
     ) -> dict[str, Solved]:
         """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix.
 
@@ -103,7 +105,9 @@ class Solver:
             weights: [O, I] each, by name.
             hessian: of their inputs in this process; summed over all processes here.
             drift: of their inputs, likewise.
+            tokens: that `hessian` and `drift` are of, likewise.
         """
+        tokens = distributed.total(tokens)
         for sums in (hessian, None if drift is None else drift.total()):
             if sums is not None:
                 distributed.all_reduce(sums)
@@ -115,11 +119,12 @@ class Solver:
         targets = [torch.cat([shares[name] for name in names]).float() for names in by_grid.values()]
         if drift is not None and hessian is not None:
             own = distributed.rows(len(next(iter(weights.values()))))
-            targets = [drift.correct(target, hessian, self.correction, own) for target in targets]
+            share = self.correction * trust(tokens, len(hessian))
+            targets = [drift.correct(target, hessian, share, own) for target in targets]
             drift.clear()
         solved: dict[str, Solved] = {}
         for ((grid, _), names), target in zip(by_grid.items(), targets, strict=True):
-            found, loss, damp, fallback = self._quantize(target, hessian, grid, names)
+            found, loss, damp, fallback = self._quantize(target, hessian, grid, names, tokens)
             start = 0
             for name in names:
                 rows = slice(start, start + len(shares[name]))
@@ -132,12 +137,13 @@ class Solver:
         return solved
 
     def _quantize(
-        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
+        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str], tokens: int
     ) -> tuple[Quantized, Tensor | None, float | None, str | None]:
         """The spec's solver, or round-to-nearest where no damping repairs the Hessian.
 
         Returns:
-            The matrix; each row's loss, the damping (None for round-to-nearest); why the solver was not used.
+            The matrix; each row's loss where damping is a small part of it; the damping (None for round-to-nearest);
+            why the solver was not used.
         """
         clip = self.spec.clip or ("mse" if hessian is None else "hessian")
         if hessian is None:
@@ -147,8 +153,8 @@ class Solver:
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
         order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
         try:
-            factor = factorize(hessian, order, self.spec.damp)
+            factor = factorize(hessian, order, damping(tokens, len(hessian), self.spec.damp))
         except NumericalError as error:
             return round_to_nearest(weight, importance(diagonal, clip), grid), None, None, str(error)
         quantized, loss = gptq(weight, factor, grid, clip)
-        return quantized, loss, factor.damp, None
+        return quantized, None if is_few(tokens, len(hessian)) else loss, factor.damp, None
