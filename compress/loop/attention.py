@@ -2,7 +2,8 @@
 
 A value projection's error reaches the output through the attention probabilities: o_i = sum_j a_ij v_j, so the squared
 error at token j counts with sum_i a_ij^2 and not with 1. Most tokens get little attention and a few (the first above
-all) get most of it; the plain Hessian of v_proj treats them alike.
+all) get most of it; the plain Hessian of v_proj treats them alike. RSQ (arXiv 2503.01820) weighs the tokens of every
+Hessian by attention; here it is those of the linears that attention mixes, per key-value head.
 
 The probabilities are seen through transformers' public attention interface, so no family's forward code is repeated.
 Long sequences are sampled: a fixed number of queries, evenly spread, which bounds the cost at any length.

@@ -1,4 +1,4 @@
-"""The model as it was, run beside the quantized one on the same tokens: it shows how far that has drifted."""
+"""The model as it was, run beside the quantized one on the same tokens: it shows the error that has propagated."""
 
 from collections.abc import Iterator, Mapping
 from itertools import repeat

@@ -1,12 +1,14 @@
-"""Moves weights so that a linear gives what the original model's gave, though its inputs have drifted.
+"""Quantization error propagation: weights are moved so that a linear gives what the original model's gave.
 
 The linears quantized so far have changed a linear's inputs from X0 to X, and the residual stream that its output is
 added to from R0 to R. Plain GPTQ asks for W X. The best float weights for what is wanted instead,
 
     W' = argmin |W' X + R - W X0 - R0|^2 = W + (W (X0 - X) + (R0 - R)) X^T (X X^T)^-1,
 
-are the target here, approached by a share, because they also fit the calibration text's noise. GPTAQ (Li et al.,
-arXiv 2504.02692) corrects column by column for the first term; the closed form needs no change in the solver.
+are the target here, approached by a share, because they also fit the calibration text's noise. The first term and the
+share are those of QEP (Arai and Ichikawa, arXiv 2504.09629), whose recipe key is `drift_correction` here; the second,
+for linears that write to the residual stream, is ours. GPTAQ (Li et al., arXiv 2504.02692) corrects column by column for
+the first term; the closed form needs no change in the solver.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -18,7 +20,7 @@ _DAMP = 0.1  # of the mean diagonal: the correction is least trusted where the i
 
 
 class PropagatedError:
-    """Sums over the calibration tokens that say how far a linear's surroundings have drifted.
+    """Sums over the calibration tokens that say how far what surrounds a linear has moved.
 
     Args:
         writer: weight [O, I] of the linear, where its output is added to the residual stream as it is. None for any

@@ -11,7 +11,7 @@ of the usual form, which inverts H. Left out: lazy inverse updates, which this f
 
 A group's scale is fitted when the group is entered, to the weights as the errors so far have moved them. The activation
 order therefore moves whole groups (largest first) and columns inside them, never columns across groups: it keeps both
-advantages and the stored column order, so no g_idx is needed.
+advantages and the stored column order, so no g_idx is needed. That is GAR, group-aware reordering (arXiv 2505.14638).
 
 Everything here takes tensors and returns tensors. Shapes: O output rows, I input columns, G groups, g columns in one.
 """

@@ -1,4 +1,4 @@
-"""The correction of drift against least squares in float64, and what it is worth on a trained model."""
+"""The correction of propagated against least squares in float64, and what it is worth on a trained model."""
 
 from pathlib import Path
 
@@ -36,17 +36,17 @@ def test_correction_is_the_ridge_regression_onto_the_original_outputs(
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     weight, batches = draw(7, 12), []
-    drift, gram = PropagatedError(weight if carries else None), Gram()
+    propagated, gram = PropagatedError(weight if carries else None), Gram()
     for _ in range(3):
         x0 = draw(2, 10, 12)
         x, r0, r = x0 + 0.2 * draw(2, 10, 12), draw(2, 10, 7), draw(2, 10, 7)
         w = torch.rand(2, 10, generator=generator) if weighted else None
         gram.add(x, w)
-        drift.add(x, x0, w, (r, r0))
+        propagated.add(x, x0, w, (r, r0))
         batches.append((x, x0, r, r0, torch.ones(2, 10) if w is None else w))
     hessian = gram.total()
     assert hessian is not None
-    found = drift.correct(weight, hessian, share)
+    found = propagated.correct(weight, hessian, share)
     x, x0, r, r0 = (torch.cat([b[i].flatten(0, 1) for b in batches]).double().numpy() for i in range(4))
     root = np.sqrt(torch.cat([b[4].flatten() for b in batches]).double().numpy())[:, None]
     wanted = (x0 - x) @ weight.double().numpy().T + (r0 - r if carries else 0)
@@ -57,11 +57,11 @@ def test_correction_is_the_ridge_regression_onto_the_original_outputs(
 
 def test_without_drift_nothing_is_corrected() -> None:
     x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(1))
-    drift, gram, weight = PropagatedError(), Gram(), torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
-    drift.add(x, x, None, None)
+    propagated, gram, weight = PropagatedError(), Gram(), torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    propagated.add(x, x, None, None)
     gram.add(x)
     hessian = gram.total()
-    assert hessian is not None and torch.equal(drift.correct(weight, hessian, 0.5), weight)
+    assert hessian is not None and torch.equal(propagated.correct(weight, hessian, 0.5), weight)
 
 
 def test_sums_hold_the_weights_that_float16_allows_and_take_tokens_in_a_row() -> None:
@@ -69,25 +69,25 @@ def test_sums_hold_the_weights_that_float16_allows_and_take_tokens_in_a_row() ->
     x0, weight = x.clone(), torch.full((1, 2048), 0.01)
     x0[0, 0] += 40
     weight[0, 0] = 2000  # as of a token that all others look at
-    drift, row = PropagatedError(), PropagatedError()
-    drift.add(x, x0, weight, None)
+    propagated, row = PropagatedError(), PropagatedError()
+    propagated.add(x, x0, weight, None)
     row.add(x[0], x0[0], weight, None)
     expected = (weight[0, :, None] * (x0 - x)[0].double()).t() @ x[0].double()
-    assert torch.allclose(drift.total().double(), expected, rtol=0.01)
-    assert torch.equal(row.total(), drift.total())
+    assert torch.allclose(propagated.total().double(), expected, rtol=0.01)
+    assert torch.equal(row.total(), propagated.total())
 
 
 def test_inputs_that_are_all_zero_correct_nothing() -> None:
-    drift, weight, zeros = PropagatedError(), torch.ones(5, 16), torch.zeros(2, 8, 16)
-    drift.add(zeros, zeros, None, None)
-    assert torch.equal(drift.correct(weight, torch.zeros(16, 16), 0.5), weight)
+    propagated, weight, zeros = PropagatedError(), torch.ones(5, 16), torch.zeros(2, 8, 16)
+    propagated.add(zeros, zeros, None, None)
+    assert torch.equal(propagated.correct(weight, torch.zeros(16, 16), 0.5), weight)
 
 
 def test_a_hessian_that_can_not_be_factored_corrects_nothing() -> None:
-    drift, weight = PropagatedError(), torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
-    drift.add(torch.ones(4, 16), torch.zeros(4, 16), None, None)
+    propagated, weight = PropagatedError(), torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
+    propagated.add(torch.ones(4, 16), torch.zeros(4, 16), None, None)
     hessian = 100 * torch.ones(16, 16) - 99 * torch.eye(16)
-    assert torch.equal(drift.correct(weight, hessian, 0.5), weight)
+    assert torch.equal(propagated.correct(weight, hessian, 0.5), weight)
 
 
 @pytest.mark.parametrize("broken", ["inputs", "original"])
@@ -96,13 +96,13 @@ def test_inputs_that_are_not_finite_are_named(broken: str) -> None:
     generator = torch.Generator().manual_seed(3)
     inputs, original = (torch.randn(4, 8, 32, generator=generator) for _ in range(2))
     (inputs if broken == "inputs" else original)[2, 3, 5] = torch.inf
-    drift, gram = PropagatedError(), Gram()
-    drift.add(inputs, original, None, None)
+    propagated, gram = PropagatedError(), Gram()
+    propagated.add(inputs, original, None, None)
     gram.add(inputs)
     spec = WeightOnlyStage(kind="quantize", group_size=32)
-    solver = Solver(spec, {"up": Grid(4, 32, True)})
+    solver = Solver(spec, {"up": Grid(4, 32, True)}, 400)
     with pytest.raises(NumericalError, match=r"^NaN or inf in the inputs of up; the weights may be damaged$"):
-        solver.solve({"up": torch.randn(8, 32, generator=generator)}, gram.total(), drift)
+        solver.solve({"up": torch.randn(8, 32, generator=generator)}, gram.total(), propagated)
 
 
 CPU = torch.device("cpu")

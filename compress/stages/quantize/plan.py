@@ -19,6 +19,7 @@ from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnl
 from compress.recipe.schema import CalibrationSpec
 from compress.stages.contract import Plan
 from compress.stages.quantize.cache_plan import check_cache
+from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.warnings import opened_by_few, refused_by_vllm
 from compress.system.units import size
@@ -47,6 +48,7 @@ def plan(
         check_cache(spec, shapes, where)
     except RecipeError as error:
         return Plan(shapes, problems=error.problems, warnings=warnings, splits=splits)
+    warnings += few_tokens(spec, matrices, text.samples * text.sequence_length, text.sequence_length)
     found = estimate(spec, matrices, shapes, text.samples, text.sequence_length)
     kinds = ", ".join(sorted({matrix.kind for matrix in matrices}))
     lines = [

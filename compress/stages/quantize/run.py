@@ -31,12 +31,13 @@ from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.stages.contract import Result
 from compress.stages.layerwise import LayerTransform, Layerwise
 from compress.stages.quantize.activations import ActivationScales
+from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.plan import plan_matrices, quantized_bytes
 from compress.stages.quantize.preflight import check_calls, check_modules, check_weights
 from compress.stages.quantize.solve import Solved, Solver
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 
 
 def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, output: Path, context: Context) -> Result:
@@ -56,6 +57,10 @@ def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, outpu
         OutputError: nothing can be written.
     """
     stage = _Quantization(spec, parent, context)
+    if context.tokens is not None:
+        amount = context.tokens.count, context.tokens.sequence_length
+        for line in few_tokens(spec, list(stage.matrices.values()), *amount):
+            context.reporter.warn(line)
     result = Layerwise(spec, parent, stage.stream, output, context).run(stage)
     modules = [module for layer in result.record.layers for module in layer.modules]
     fallbacks = sum(module.fallback is not None for module in modules)
@@ -116,7 +121,7 @@ class _Quantization(LayerTransform):
         )
         if problems:
             raise RecipeError([f"stages: {problem}" for problem in problems])
-        self.solver = Solver(spec, self.grids)
+        self.solver = Solver(spec, self.grids, 0 if context.tokens is None else context.tokens.count)
         models = 2 if self.solver.correction else 1
         self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, self._room(models))
         self.reference: ReferenceModel | None = None

@@ -3,8 +3,10 @@
 Rows of a matrix are independent once its Hessian is known: each of several processes solves a share of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from compress import records
 from compress.errors import NumericalError
 from compress.loop.finite import all_finite
 from compress.quant.error_propagation import PropagatedError
-from compress.quant.gptq import factorize, gptq, importance, round_to_nearest, visiting_order
+from compress.quant.gptq import Factor, factorize, gptq, importance, round_to_nearest, visiting_order
 from compress.quant.grid import Grid, Quantized
+from compress.quant.scales import Clip
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.stages.quantize.few_tokens import damping, is_few, trust
 from compress.system import distributed
 
 
@@ -76,35 +80,54 @@ def _gather(part: Quantized, rows: int) -> Quantized:
     return Quantized(codes, scale, zero, part.grid)
 
 
+class _Plan(NamedTuple):
+    """How a matrix will be quantized.
+
+    Args:
+        factor: of its Hessian; None rounds to nearest.
+        importance: weighs the scale search where there is no factor; None takes the full range.
+        clip: how the solver finds a group's scale.
+        fallback: why there is no factor though there is a Hessian.
+    """
+
+    factor: Factor | None
+    importance: Tensor | None
+    clip: Clip
+    fallback: str | None = None
+
+
 class Solver:
     """Quantizes matrices as a stage's spec says.
 
     Args:
         spec: the stage.
         grids: of its matrices, by name.
+        tokens: that a Hessian is of, in all processes.
 
     Attributes:
-        correction: share of the inputs' drift that weights are moved to make good; 0 where the spec has none.
+        correction: share of the propagated error that weights are moved to make good; 0 where the spec has none.
     """
 
-    def __init__(self, spec: WeightOnlyStage | WeightActivationStage, grids: Mapping[str, Grid]) -> None:
-        self.spec, self.grids = spec, grids
+    def __init__(
+        self, spec: WeightOnlyStage | WeightActivationStage, grids: Mapping[str, Grid], tokens: int = 0
+    ) -> None:
+        self.spec, self.grids, self.tokens = spec, grids, tokens
         self.correction = spec.correction if isinstance(spec, WeightOnlyStage) else 0.0
 
     def solve(
         self,
         weights: Mapping[str, Tensor],
         hessian: Tensor | None,
-        drift: PropagatedError | None = None,
+        propagated: PropagatedError | None = None,
     ) -> dict[str, Solved]:
         """Quantize matrices that share a Hessian; those on one grid are solved as one tall matrix.
 
         Args:
             weights: [O, I] each, by name.
             hessian: of their inputs in this process; summed over all processes here.
-            drift: of their inputs, likewise.
+            propagated: error of their inputs, likewise.
         """
-        for sums in (hessian, None if drift is None else drift.total()):
+        for sums in (hessian, None if propagated is None else propagated.total()):
             if sums is not None:
                 distributed.all_reduce(sums)
         by_grid: dict[tuple[Grid, str], list[str]] = {}
@@ -113,42 +136,46 @@ class Solver:
             by_grid.setdefault((self.grids[name], alone), []).append(name)
         shares = {name: weight[distributed.rows(len(weight))] for name, weight in weights.items()}
         targets = [torch.cat([shares[name] for name in names]).float() for names in by_grid.values()]
-        if drift is not None and hessian is not None:
+        if propagated is not None and hessian is not None:
             own = distributed.rows(len(next(iter(weights.values()))))
-            targets = [drift.correct(target, hessian, self.correction, own) for target in targets]
-            drift.clear()
+            share = self.correction * trust(self.tokens, len(hessian))
+            targets = [propagated.correct(target, hessian, share, own) for target in targets]
+            propagated.clear()
         solved: dict[str, Solved] = {}
         for ((grid, _), names), target in zip(by_grid.items(), targets, strict=True):
-            found, loss, damp, fallback = self._quantize(target, hessian, grid, names)
-            start = 0
-            for name in names:
-                rows = slice(start, start + len(shares[name]))
-                start = rows.stop
+            plan = self._plan(target, hessian, grid, names)
+            if plan.factor is None:
+                found, loss = round_to_nearest(target, plan.importance, grid), None
+            else:
+                found, loss = gptq(target, plan.factor, grid, plan.clip)
+            if hessian is not None and is_few(self.tokens, len(hessian)):
+                loss = None  # most of it is damping
+            for name, rows in zip(names, _rows([shares[name] for name in names]), strict=True):
                 part = Quantized(found.codes[rows], found.scale[rows], found.zero[rows], grid)
+                damp = None if plan.factor is None else plan.factor.damp
                 squares = measure(target[rows], part, hessian, None if loss is None else loss[rows], damp)
                 whole = _gather(part, len(weights[name]))
                 squares = distributed.gather_rows(squares, len(weights[name]))
-                solved[name] = Solved(whole, describe(name, whole, squares, damp, fallback))
+                solved[name] = Solved(whole, describe(name, whole, squares, damp, plan.fallback))
         return solved
 
-    def _quantize(
-        self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]
-    ) -> tuple[Quantized, Tensor | None, float | None, str | None]:
-        """The spec's solver, or round-to-nearest where no damping repairs the Hessian.
-
-        Returns:
-            The matrix; each row's loss, the damping (None for round-to-nearest); why the solver was not used.
-        """
+    def _plan(self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]) -> _Plan:
+        """The factor that the spec's solver wants; none without a Hessian, or where no damping repairs it."""
         clip = self.spec.clip or ("mse" if hessian is None else "hessian")
         if hessian is None:
-            return round_to_nearest(weight, importance(weight.new_ones(weight.shape[1]), clip), grid), None, None, None
+            return _Plan(None, importance(weight.new_ones(weight.shape[1]), clip), clip)
         diagonal = hessian.diagonal()
         if not bool(all_finite(diagonal) & all_finite(weight)):
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
         order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
         try:
-            factor = factorize(hessian, order, self.spec.damp)
+            factor = factorize(hessian, order, damping(self.tokens, len(hessian), self.spec.damp))
         except NumericalError as error:
-            return round_to_nearest(weight, importance(diagonal, clip), grid), None, None, str(error)
-        quantized, loss = gptq(weight, factor, grid, clip)
-        return quantized, loss, factor.damp, None
+            return _Plan(None, importance(diagonal, clip), clip, str(error))
+        return _Plan(factor, None, clip)
+
+
+def _rows(matrices: Sequence[Tensor]) -> list[slice]:
+    """Where each matrix lies when they are stacked."""
+    ends = list(accumulate(len(matrix) for matrix in matrices))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
