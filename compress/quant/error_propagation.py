@@ -7,8 +7,8 @@ added to from R0 to R. Plain GPTQ asks for W X. The best float weights for what 
 
 are the target here, approached by a share, because they also fit the calibration text's noise. The first term and the
 share are those of QEP (Arai and Ichikawa, arXiv 2504.09629), whose recipe key is `drift_correction` here; the second,
-for linears that write to the residual stream, is ours. GPTAQ (Li et al., arXiv 2504.02692) corrects column by column for
-the first term; the closed form needs no change in the solver.
+for linears that write to the residual stream, is ours. GPTAQ (Li et al., arXiv 2504.02692) corrects column by column
+for the first term; the closed form needs no change in the solver.
 
 Shapes: N tokens, I inputs, O outputs.
 """

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from command import invoke
-from compress.stages.context import Context
 from quant_problems import second_moment
+from quantized import quantize
 from random_models import load_stock, make_model
 from transformers import AutoTokenizer
 
 from compress.data.calibration import TokenSet, load_calibration, load_windows
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.quant.gptq import factorize, gptq, round_to_nearest, visiting_order
 from compress.quant.grid import Grid
@@ -19,7 +20,6 @@ from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, bundled_dir
 from compress.stages.quantize.few_tokens import AMPLE, damping, few_tokens, trust
 from compress.stages.quantize.plan import Matrix
-from compress.stages.quantize.run import quantize
 from compress.stages.quantize.solve import Solver
 from compress.system.progress import Reporter
 
