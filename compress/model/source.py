@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.errors import ModelError
+from compress.model.gguf.header import is_gguf, open_gguf
 from compress.system.files import commit, make_writable
-from compress.system.fingerprint import fingerprint
+from compress.system.fingerprint import content_digest, fingerprint
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+
+_GGUF_VERSION = 2  # of what is made of a GGUF file
 
 
 def resolve_model(reference: str, revision: str | None, work: Path, say: Callable[[str], None]) -> Path:
     """The checkpoint folder of a model.
 
     Args:
-        reference: folder, hub id, path of a .gguf file, or "package:<name>/<file>" inside an installed package.
+        reference: folder, hub id, path of a GGUF file (known by its first bytes), or "package:<name>/<file>" inside an
+            installed package.
         revision: of a hub id.
         work: work folder, where a dequantized GGUF file is kept.
         say: told what takes time.
@@ -29,7 +33,7 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
     """
     if reference.startswith("package:"):
         path = _in_package(reference)
-    elif Path(reference).expanduser().exists() or reference.endswith(".gguf") or _looks_local(reference):
+    elif Path(reference).expanduser().exists() or reference.lower().endswith(".gguf") or _looks_local(reference):
         path = Path(reference).expanduser()
     else:
         return _from_hub(reference, revision)
@@ -37,7 +41,7 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
         raise ModelError(f"revision: {revision!r} is given, but {reference} is no hub id; remove it")
     if not path.exists():
         raise ModelError(f"model: {reference} does not exist; give a model folder, a .gguf file or a hub id")
-    return _from_gguf(path, work, say) if path.suffix == ".gguf" else path
+    return _from_gguf(path, work, say) if is_gguf(path) or path.suffix.lower() == ".gguf" else path
 
 
 def _looks_local(reference: str) -> bool:
@@ -56,9 +60,7 @@ def _in_package(reference: str) -> Path:
     root = Path(next(iter(found.submodule_search_locations)))
     path = root / name
     if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
-        files = sorted(
-            file.name for file in root.iterdir() if file.suffix == ".gguf" or (file / "config.json").is_file()
-        )
+        files = sorted(file.name for file in root.iterdir() if is_gguf(file) or (file / "config.json").is_file())
         raise ModelError(f"model: {reference}: no such model in the package; it has {', '.join(files) or 'none'}")
     return path
 
@@ -93,18 +95,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
-    """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds the model."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"model: {path} is no GGUF file, whatever its name says; download it again")
+    """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds a tensor."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
-    stat = path.stat()
-    folder = work / "base" / fingerprint("gguf", 1, path.name, stat.st_size, stat.st_mtime_ns)
+    parts = open_gguf(path).parts
+    folder = work / "base" / fingerprint("gguf", _GGUF_VERSION, [content_digest(part) for part in parts])
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".part")
-    command = [sys.executable, "-m", "compress.model.gguf", str(path.resolve()), str(partial)]
+    command = [sys.executable, "-m", "compress.model.gguf.convert", str(partial), str(path.absolute())]
     make_writable(folder.parent)
     with folder.with_name(folder.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by the reader too, which outlives this process if it is killed
@@ -116,8 +115,16 @@ def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock.fileno()])
         if done.returncode:
             shutil.rmtree(partial, ignore_errors=True)
-            lines = done.stderr.strip().splitlines()
-            reason = lines[-1] if lines else f"the reader was stopped by signal {-done.returncode}"
-            raise ModelError(f"model: {path} cannot be read as GGUF ({reason}); download it again")
+            raise ModelError(_reason(path, done))
         commit(partial, folder)
     return folder
+
+
+def _reason(path: Path, done: "subprocess.CompletedProcess[str]") -> str:
+    """Why the reader gave up: its own line, or what became of it."""
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == ModelError.exit_code and lines:
+        return lines[-1]
+    if done.returncode < 0:
+        return f"model: {path}: the reader was stopped by signal {-done.returncode}; is there enough memory?"
+    return f"model: {path} cannot be read as GGUF ({lines[-1] if lines else 'no reason given'}); give its safetensors"

@@ -74,7 +74,7 @@ CASES = [
     Case(
         "GGUF file cut short",
         ggufs(b"GGUF\x03\x00\x00\x00" + b"\x01" + b"\x00" * 7),
-        "model: FOLDER/model.gguf cannot be read as GGUF (…); download it again",
+        "model: FOLDER/model.gguf is cut short in its header; download it again",
     ),
     Case(
         "no config.json",

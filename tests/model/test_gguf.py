@@ -1,0 +1,342 @@
+"""Models from GGUF files: the same model as the folder the file was made of, or one line that says why not."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_files import byte_level, write_gguf
+from random_models import load_stock, make_model, random_tokens
+from safetensors.torch import load_file
+
+from compress.errors import ModelError
+from compress.model.gguf.convert import convert
+from compress.model.source import resolve_model
+
+ROPE = {"rope_theta": 10000.0}
+TOKENS = random_tokens(2, 96)
+
+
+def converted(folder: Path, file: Path, **options: Any) -> Path:
+    made = folder / "made"
+    made.mkdir()
+    convert(file, made, **options)
+    return made
+
+
+def same_model(original: Path, made: Path) -> None:
+    """The same weights to the bit, the same logits by the stock loader."""
+    before, after = load_file(original / "model.safetensors"), load_file(made / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    same_logits(original, made)
+
+
+def same_logits(original: Path, made: Path) -> None:
+    a, b = (load_stock(folder, torch.float32)(TOKENS).logits for folder in (original, made))
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+def llama3(**changes: Any) -> dict[str, Any]:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    return {"rope_type": "llama3", **ROPE, **scaling, **changes}
+
+
+def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """As llama.cpp's converter computes them for Llama 3.1, written down from the paper's formula."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    factors = []
+    for i in range(0, head_dim, 2):
+        wave = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+        if wave < rope["original_max_position_embeddings"] / high:
+            factors.append(1.0)
+        elif wave > rope["original_max_position_embeddings"] / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (rope["original_max_position_embeddings"] / wave - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+GEMMA = {"final_logit_softcapping": 20.0, "attn_logit_softcapping": 40.0}
+LONG = {"long_factor": [1.0 + 0.3 * i for i in range(8)], "short_factor": [1.0 + 0.1 * i for i in range(8)]}
+SCALED = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model type, its config, the header's keys
+    "llama": ("llama", {"tie_word_embeddings": True}, {}),
+    "llama with a head of its own": ("llama", {"tie_word_embeddings": False}, {}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "mistral": ("mistral", {"sliding_window": 16}, {"attention.sliding_window": 16}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3 with wide heads": ("qwen3", {"head_dim": 32}, {}),
+    "gemma": ("gemma", {}, {}),
+    "gemma2": (
+        "gemma2",
+        {"query_pre_attn_scalar": 16, "sliding_window": 16, **GEMMA},
+        {"attention.sliding_window": 16, **GEMMA},
+    ),
+    "gemma2 of 27B": (
+        "gemma2",
+        {"query_pre_attn_scalar": 64 // 4, "head_dim": 32, "num_hidden_layers": 46, "sliding_window": 4096},
+        {},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 7,
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}},
+        {"attention.sliding_window": 16, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
+         "rope.freq_base_swa": 5000.0},
+    ),
+    "phi3": ("phi3", {"sliding_window": 24}, {"attention.sliding_window": 24}),
+    "phi3 with partial rotary positions": (
+        "phi3", {"rope_parameters": {"rope_type": "default", **ROPE, "partial_rotary_factor": 0.5}}, {},
+    ),
+    "linear": (
+        "llama", {"rope_parameters": {"rope_type": "linear", **ROPE, "factor": 4.0}},
+        {**SCALED, "rope.scaling.type": "linear"},
+    ),
+    "linear, by the old key": (
+        "llama", {"rope_parameters": {"rope_type": "linear", **ROPE, "factor": 4.0}}, {"rope.scale_linear": 4.0},
+    ),
+    "yarn": (
+        "qwen2",
+        {"rope_parameters": {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32}},
+        {**SCALED, "rope.scaling.type": "yarn"},
+    ),
+    "none": ("llama", {}, {**SCALED, "rope.scaling.type": "none"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_is_the_one_the_file_was_made_of(name: str, tmp_path: Path) -> None:
+    family, config, keys = FAMILIES[name]
+    original = make_model(tmp_path / "model", family, **config)
+    same_model(original, converted(tmp_path, write_gguf(original, tmp_path / "model.gguf", keys)))
+
+
+def test_a_llama_with_biases_on_q_k_and_v_alone(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model", "qwen2")
+    file = write_gguf(original, tmp_path / "model.gguf", architecture="llama")
+    same_model(original, converted(tmp_path, file))
+
+
+@pytest.mark.parametrize("changes", [{}, {"factor": 32.0, "original_max_position_embeddings": 8192}], ids=str)
+def test_frequency_factors_become_llama3_scaling(changes: dict[str, Any], tmp_path: Path) -> None:
+    rope = llama3(**changes)
+    original = make_model(tmp_path / "model", rope_parameters=rope, max_position_embeddings=131072)
+    factors = frequency_factors(rope, 16)
+    assert factors.max() == rope["factor"] and factors.min() == 1
+    file = write_gguf(original, tmp_path / "model.gguf", extra={"rope_freqs.weight": factors})
+    made = converted(tmp_path, file)
+    assert load_stock(made, torch.float32).config.rope_parameters == rope
+    same_model(original, made)
+
+
+def test_the_factors_of_longrope(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", **ROPE, **LONG, "original_max_position_embeddings": 64}
+    original = make_model(
+        tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=64, head_dim=None
+    )
+    extra = {f"rope_factors_{name}.weight": np.array(LONG[f"{name}_factor"], np.float32) for name in ("long", "short")}
+    keys = {
+        "rope.scaling.attn_factor": math.sqrt(1 + math.log(2) / math.log(64)),
+        "rope.scaling.original_context_length": 64,
+    }
+    made = converted(tmp_path, write_gguf(original, tmp_path / "model.gguf", keys, extra=extra))
+    same_model(original, made)  # of 96 tokens: the long factors
+    short = TOKENS[:, :48]
+    a, b = (load_stock(folder, torch.float32)(short).logits for folder in (original, made))
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+def test_all_parts_of_a_split_file_are_read_whichever_is_given(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model")
+    parts = [write_gguf(original, tmp_path / f"tiny-{part + 1:05d}-of-00003.gguf", part=(part, 3)) for part in range(3)]
+    for number, part in enumerate((parts[0], parts[2])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        same_model(original, converted(folder, part))
+
+
+def test_a_large_model_is_written_in_shards(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model", tie_word_embeddings=False)
+    made = converted(tmp_path, write_gguf(original, tmp_path / "model.gguf"), shard_bytes=600_000)
+    assert len(list(made.glob("model-*-of-*.safetensors"))) > 1
+    same_logits(original, made)
+
+
+def test_quantized_blocks_are_those_of_the_gguf_package(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model", "qwen2")
+    made = load_file(
+        converted(tmp_path, write_gguf(original, tmp_path / "model.gguf", kind="Q8_0")) / "model.safetensors"
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = load_file(original / "model.safetensors")[name].float().numpy()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    expected = torch.from_numpy(gguf.dequantize(gguf.quantize(before, kind), kind)).bfloat16()
+    assert torch.equal(made[name], expected)
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    """Whatever its name and place; another file of the same size and time is another model."""
+    original, said = make_model(tmp_path / "model"), list[str]()
+    file = write_gguf(original, tmp_path / "model.GGUF")
+    blob = shutil.copy(file, tmp_path / "sha256-0f1e2d")
+    made = resolve_model(str(file), None, tmp_path / "work", said.append)
+    assert resolve_model(str(blob), None, tmp_path / "work", said.append) == made
+    assert said == ["dequantizing model.GGUF to bf16"]
+    same_model(original, made)
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = np.float32(0.5).tobytes()
+    file.write_bytes(content)
+    import os
+
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert resolve_model(str(file), None, tmp_path / "work", said.append) != made
+
+
+REMEDY = "give the model's safetensors folder instead"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "tensor that is missing": (
+        {"without": ("blk.1.ffn_up.weight", "output_norm.weight")},
+        "lacks blk.1.ffn_up.weight, output_norm.weight, which a llama model has; download it again",
+    ),
+    "embeddings that are missing": (
+        {"without": ("token_embd.weight",)}, "has no tensor token_embd.weight; download it again",
+    ),
+    "tensor without a place": (
+        {"extra": {"blk.0.attn_rot_embd.weight": np.ones(8, np.float32)}},
+        f"holds blk.0.attn_rot_embd.weight, for which a llama model has no place; {REMEDY}",
+    ),
+    "half of the biases": (
+        {"extra": {"blk.1.attn_q.bias": np.ones(64, np.float32)}},
+        f"holds blk.1.attn_q.bias, for which a llama model has no place; {REMEDY}",
+    ),
+    "unknown keys": (
+        {"keys": {"logit_scale": 0.5, "rope.scaling.alpha": 2.0}},
+        f"not understood, and may change the computation: llama.logit_scale = 0.5, llama.rope.scaling.alpha = 2; "
+        f"{REMEDY}",
+    ),
+    "key that is missing": (
+        {"keys": {"block_count": None}},
+        "lacks the key llama.block_count; convert the model again with a current llama.cpp",
+    ),
+    "frequency factors of another kind": (
+        {"extra": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}},
+        f"rope_freqs.weight holds frequency factors (1 to 8) that no scaling of Llama 3's kind gives; {REMEDY}",
+    ),
+    "rotary positions on half of a head": (
+        {"keys": {"rope.dimension_count": 8}},
+        "llama.rope.dimension_count is 8 of 16: rotary positions on a part of each head are not supported for llama; "
+        f"{REMEDY}",
+    ),
+    "longrope without factors": (
+        {"keys": {"rope.scaling.type": "longrope"}},
+        f"llama.rope.scaling.type 'longrope' is not supported; {REMEDY}",
+    ),
+    "yarn with an attention factor of its own": (
+        {"keys": {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 0.7}},
+        f"llama.rope.scaling.yarn_attn_factor is 0.7, only 1 is supported here; {REMEDY}",
+    ),
+    "values narrower than keys": (
+        {"keys": {"attention.value_length": 8}},
+        f"llama.attention.value_length is 8, only 16 is supported here; {REMEDY}",
+    ),
+    "layers of several widths": (
+        {"keys": {"feed_forward_length": [96, 64]}},
+        f"llama.feed_forward_length differs from layer to layer, which is not supported; {REMEDY}",
+    ),
+    "mixture of experts": (
+        {"keys": {"expert_count": 8}}, "is a mixture of 8 experts; only dense models are supported",
+    ),
+    "embedding model": (
+        {"keys": {"attention.causal": False}}, f"llama.attention.causal is False, only True is supported here; {REMEDY}",
+    ),
+    "shape that the header does not say": (
+        {"keys": {"feed_forward_length": 64}},
+        "blk.0.ffn_gate.weight has shape [96, 64], its header says [64, 64]; download it again",
+    ),
+    "adapter": (
+        {"keys": {"general.type": "adapter"}},
+        "general.type is 'adapter'; only whole language models (model) are read",
+    ),
+    "unsupported architecture": (
+        {"architecture": "granite"},
+        "architecture 'granite' is not supported as GGUF, only llama, qwen2, qwen3, phi3, gemma, gemma2, gemma3 are; "
+        f"{REMEDY}",
+    ),
+    "big-endian file": (
+        {"endian": gguf.GGUFEndian.BIG},
+        "is big-endian; turn a copy of it with: gguf-convert-endian COPY.gguf little",
+    ),
+    "no tokenizer": ({"tokenizer": {"model": "no_vocab"}}, f"has no tokenizer; {REMEDY}"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_why(name: str, small: Path, tmp_path: Path) -> None:
+    options, line = REFUSED[name]
+    file = write_gguf(small, tmp_path / "model.gguf", **options)
+    with pytest.raises(ModelError) as caught:
+        convert(file, tmp_path)
+    assert str(caught.value) in (f"model: {file}: {line}", f"model: {file} {line}")
+
+
+def test_the_line_comes_from_the_reader_process(small: Path, tmp_path: Path) -> None:
+    file = write_gguf(small, tmp_path / "model.gguf", {"logit_scale": 0.5})
+    with pytest.raises(ModelError, match=r"^model: \S+/model.gguf: not understood, and may change .*llama.logit_scale"):
+        resolve_model(str(file), None, tmp_path / "work", print)
+    assert not [path for path in (tmp_path / "work" / "base").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("share", [0.999, 0.1, 0.0001])
+def test_a_file_that_is_cut_short(share: float, small: Path, tmp_path: Path) -> None:
+    file = write_gguf(small, tmp_path / "model.gguf")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelError, match=r"^model: \S+/model.gguf is cut short.*; download it again$"):
+        convert(file, tmp_path)
+
+
+def test_parts_that_are_missing_are_named(small: Path, tmp_path: Path) -> None:
+    for part in (0, 2):
+        write_gguf(small, tmp_path / f"tiny-{part + 1:05d}-of-00004.gguf", part=(part, 4))
+    file = tmp_path / "tiny-00003-of-00004.gguf"
+    with pytest.raises(ModelError) as caught:
+        convert(file, tmp_path)
+    assert str(caught.value) == (
+        f"model: {file}: is one of the 4 parts of a split model; tiny-00002-of-00004.gguf, tiny-00004-of-00004.gguf "
+        "missing, put all parts in one folder"
+    )
+
+
+def test_a_part_under_another_name(small: Path, tmp_path: Path) -> None:
+    file = write_gguf(small, tmp_path / "blob", part=(0, 2))
+    with pytest.raises(ModelError) as caught:
+        convert(file, tmp_path)
+    assert str(caught.value) == (
+        f"model: {file}: is one of the 2 parts of a split model, but its name does not say where the others are; name "
+        "them NAME-00001-of-00002.gguf and so on, or join them with llama-gguf-split --merge"
+    )
+
+
+def test_parts_of_two_models(small: Path, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        write_gguf(small, tmp_path / f"tiny-0000{name}-of-00002.gguf", part=(0, 2))
+    with pytest.raises(ModelError, match=r"00002-of-00002.gguf: says that it is part 0 .from 0. of 2, its name says 1"):
+        convert(tmp_path / "tiny-00001-of-00002.gguf", tmp_path)
+
+
+def test_the_parameters_of_the_fixture_are_all_there(tiny_model: Path, tmp_path: Path) -> None:
+    """The trained model, through a file and back, predicts as it did."""
+    file = write_gguf(tiny_model, tmp_path / "tiny.gguf", tokenizer=byte_level(tiny_model))
+    same_model(tiny_model, converted(tmp_path, file))
