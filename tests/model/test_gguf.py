@@ -1,6 +1,7 @@
 """Models from GGUF files: the same model as the folder the file was made of, or one line that says why not."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model typ
         {"rope_parameters": {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32}},
         {**SCALED, "rope.scaling.type": "yarn"},
     ),
+    "yarn with a factor that undoes its own": (  # DeepSeek-R1-0528-Qwen3-8B
+        "qwen3",
+        {"rope_parameters": {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32,
+                             "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.0}},
+        {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 1 / (0.1 * math.log(4) + 1),
+         "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+    ),
     "none": ("llama", {}, {**SCALED, "rope.scaling.type": "none"}),
 }  # fmt: skip
 
@@ -193,8 +201,6 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     stat, content = file.stat(), bytearray(file.read_bytes())
     content[-4:] = np.float32(0.5).tobytes()
     file.write_bytes(content)
-    import os
-
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert resolve_model(str(file), None, tmp_path / "work", said.append) != made
 
@@ -238,9 +244,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"keys": {"rope.scaling.type": "longrope"}},
         f"llama.rope.scaling.type 'longrope' is not supported; {REMEDY}",
     ),
-    "yarn with an attention factor of its own": (
-        {"keys": {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 0.7}},
-        f"llama.rope.scaling.yarn_attn_factor is 0.7, only 1 is supported here; {REMEDY}",
+    "yarn of DeepSeek-V2": (
+        {"keys": {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}},
+        f"llama.rope.scaling.yarn_log_multiplier is 0.1, only 0 is supported here; {REMEDY}",
     ),
     "values narrower than keys": (
         {"keys": {"attention.value_length": 8}},
@@ -254,7 +260,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"keys": {"expert_count": 8}}, "is a mixture of 8 experts; only dense models are supported",
     ),
     "embedding model": (
-        {"keys": {"attention.causal": False}}, f"llama.attention.causal is False, only True is supported here; {REMEDY}",
+        {"keys": {"attention.causal": False}},
+        f"llama.attention.causal is False, only True is supported here; {REMEDY}",
     ),
     "shape that the header does not say": (
         {"keys": {"feed_forward_length": 64}},

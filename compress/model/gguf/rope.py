@@ -62,6 +62,8 @@ def _scaling(
         )
     if tensors == [LONG, SHORT]:
         return _longrope(gguf, keys, config, original, rotary)
+    if kind == "yarn" and factor != 1:
+        return {**_yarn(keys, factor), "original_max_position_embeddings": original}, {}
     keys.expect("rope.scaling.attn_factor", 1.0)
     if tensors == [FREQS] and gguf.architecture == "llama":
         return _from_factors(gguf, _factors(gguf, FREQS, rotary), base, rotary), {}
@@ -71,17 +73,17 @@ def _scaling(
         return {"rope_type": "default"}, {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}, {}
-    if kind == "yarn":
-        return {**_yarn(keys), "factor": factor, "original_max_position_embeddings": original}, {}
     raise gguf.error(f"{gguf.architecture}.rope.scaling.type {kind!r} is not supported; {REMEDY}")
 
 
-def _yarn(keys: Keys) -> dict[str, Any]:
+def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
     keys.expect("rope.scaling.yarn_ext_factor", 1.0)
-    keys.expect("rope.scaling.yarn_attn_factor", 1.0)
     keys.expect("rope.scaling.yarn_log_multiplier", 0.0)
     fast, slow = keys.number("rope.scaling.yarn_beta_fast", 32.0), keys.number("rope.scaling.yarn_beta_slow", 1.0)
-    return {"rope_type": "yarn", "beta_fast": fast, "beta_slow": slow}
+    scaling = {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow}
+    # llama.cpp multiplies by these and by the usual factor; transformers' attention_factor takes the place of all
+    more = keys.number("rope.scaling.attn_factor", 1.0) * keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    return scaling if more == 1 else {**scaling, "attention_factor": more * (0.1 * math.log(factor) + 1)}
 
 
 def _longrope(

@@ -5,6 +5,7 @@ sentencepiece, whose merges follow from the scores. Words are split as in the to
 is named after.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from compress.model.gguf.header import Gguf
@@ -28,7 +29,10 @@ _GPT4O = [
     _CASED.format(upper=_UPPER, lower=_LOWER, endings="(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}") + _REST
 ]
 _CJK = "[一-龥ࠀ-一가-퟿]+"
-_DEEPSEEK_LLM = [r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^ა-ჿ]]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK]
+# DeepSeek's list of letters, which is that of letters with case but for these
+_NOT_LISTED = r"\x{560}-\x{588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c88}\x{2d00}-\x{2d2d}\x{a790}-\x{ab68}\x{10570}-\x{105bc}"
+_LISTED = rf"[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{_NOT_LISTED}\x{{16e40}}-\x{{1df1e}}]]"
+_DEEPSEEK_LLM = [r"[\r\n]", rf"\s?{_LISTED}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK]
 _DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK]
 _DEEPSEEK_V3 = [
     r"\p{N}{1,3}",
@@ -100,7 +104,7 @@ def _checked(gguf: Gguf) -> tuple[list[str], str]:
     if not isinstance(gguf.keys.get(f"tokenizer.ggml.{needed}"), list):
         raise gguf.error(f"its tokenizer lacks tokenizer.ggml.{needed}; {REMEDY}")
     if len(set(tokens)) < len(tokens):
-        twice = next(token for no, token in enumerate(tokens) if token in tokens[:no])
+        twice = Counter(tokens).most_common(1)[0][0]
         raise gguf.error(f"its tokenizer has the token {twice!r} twice; {REMEDY}")
     rows = gguf.tensors["token_embd.weight"].shape[0]
     if len(tokens) > rows:
@@ -139,7 +143,8 @@ def _byte_level(gguf: Gguf, tokens: list[str]) -> "Tokenizer":
     try:
         made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
     except Exception as error:  # what the tokenizers library raises for a merge of unknown tokens is Exception itself
-        raise gguf.error(f"its merges do not fit its tokens ({error}); {REMEDY}") from error
+        reason = str(error).removeprefix("Error while initializing BPE: ")
+        raise gguf.error(f"its merges do not fit its tokens ({reason}); {REMEDY}") from error
     if pre in _COMPOSED:
         made.normalizer = normalizers.NFC()
     made.pre_tokenizer = _words(gguf, pre)
