@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.errors import ModelError
+from compress.model.gguf.config import model_config
 from compress.model.gguf.header import is_gguf, open_gguf
 from compress.system.files import commit, make_writable
 from compress.system.fingerprint import content_digest, fingerprint
@@ -41,7 +42,8 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
         raise ModelError(f"revision: {revision!r} is given, but {reference} is no hub id; remove it")
     if not path.exists():
         raise ModelError(f"model: {reference} does not exist; give a model folder, a .gguf file or a hub id")
-    return _from_gguf(path, work, say) if is_gguf(path) or path.suffix.lower() == ".gguf" else path
+    named = path.is_file() and path.suffix.lower() == ".gguf"
+    return _from_gguf(path, work, say) if named or is_gguf(path) else path
 
 
 def _looks_local(reference: str) -> bool:
@@ -98,8 +100,9 @@ def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
     """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds a tensor."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
-    parts = open_gguf(path).parts
-    folder = work / "base" / fingerprint("gguf", _GGUF_VERSION, [content_digest(part) for part in parts])
+    gguf = open_gguf(path)
+    model_config(gguf)  # what it refuses is said before the file is read
+    folder = work / "base" / fingerprint("gguf", _GGUF_VERSION, [content_digest(part) for part in gguf.parts])
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".part")

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_BLOCK = 64 << 20
+
 
 def fingerprint(*parts: Any) -> str:
     """A short digest of anything that JSON can hold; equal parts give equal digests in every process."""
@@ -32,12 +34,13 @@ def digests(files: Sequence[Path]) -> dict[str, str]:
 
 def content_digest(file: Path) -> str:
     """Digest of a file's bytes, made of those of its blocks of 64 MiB, which are hashed on all cores (BLAKE2b)."""
-    size, block = file.stat().st_size, 64 << 20
 
     def of_block(start: int) -> bytes:
         with file.open("rb") as opened:
             opened.seek(start)
-            return hashlib.blake2b(opened.read(block), digest_size=32).digest()
+            return hashlib.blake2b(opened.read(_BLOCK), digest_size=32).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.blake2b(b"".join(pool.map(of_block, range(0, size, block))), digest_size=32).hexdigest()
+        return hashlib.blake2b(
+            b"".join(pool.map(of_block, range(0, file.stat().st_size, _BLOCK))), digest_size=32
+        ).hexdigest()

@@ -1,8 +1,10 @@
 """Models from GGUF files: the same model as the folder the file was made of, or one line that says why not."""
 
+import importlib.util
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file
 
 from compress.errors import ModelError
+from compress.model.gguf import convert as converter
+from compress.model.gguf.config import model_config
 from compress.model.gguf.convert import convert
+from compress.model.gguf.header import Gguf, GgufTensor
 from compress.model.source import resolve_model
 
 ROPE = {"rope_theta": 10000.0}
@@ -144,6 +149,22 @@ def test_frequency_factors_become_llama3_scaling(changes: dict[str, Any], tmp_pa
     same_model(original, made)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "layers", "hidden", "scalar"), [("gemma2", 46, 4608, 144), ("gemma3", 62, 5376, 168)]
+)
+def test_the_query_scale_of_the_large_gemmas(architecture: str, layers: int, hidden: int, scalar: int) -> None:
+    """As in their config.json; llama.cpp tells them by their number of layers too."""
+    values = {
+        "block_count": layers, "embedding_length": hidden, "attention.head_count": 32, "attention.key_length": 128,
+        "context_length": 8192, "feed_forward_length": 8, "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.sliding_window": 1024,
+    }  # fmt: skip
+    keys = {f"{architecture}.{name}": value for name, value in values.items()} | {"general.architecture": architecture}
+    shapes = {"token_embd.weight": (9, hidden)} | {f"blk.{layer}.attn_q.weight": (1, 1) for layer in range(layers)}
+    tensors = {name: GgufTensor(Path("x"), 0, shape, 0, 0) for name, shape in shapes.items()}
+    assert model_config(Gguf((Path("x"),), keys, tensors))["query_pre_attn_scalar"] == scalar
+
+
 def test_the_factors_of_longrope(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", **ROPE, **LONG, "original_max_position_embeddings": 64}
     original = make_model(
@@ -189,7 +210,7 @@ def test_quantized_blocks_are_those_of_the_gguf_package(tmp_path: Path) -> None:
     assert torch.equal(made[name], expected)
 
 
-def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+def test_a_file_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its name and place; another file of the same size and time is another model."""
     original, said = make_model(tmp_path / "model"), list[str]()
     file = write_gguf(original, tmp_path / "model.GGUF")
@@ -202,7 +223,11 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     content[-4:] = np.float32(0.5).tobytes()
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert resolve_model(str(file), None, tmp_path / "work", said.append) != made
+    read_anew = subprocess.CompletedProcess([], 2, "", "read anew\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: read_anew)
+    assert resolve_model(str(blob), None, tmp_path / "work", said.append) == made
+    with pytest.raises(ModelError, match="^read anew$"):
+        resolve_model(str(file), None, tmp_path / "work", said.append)
 
 
 REMEDY = "give the model's safetensors folder instead"
@@ -212,7 +237,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "lacks blk.1.ffn_up.weight, output_norm.weight, which a llama model has; download it again",
     ),
     "embeddings that are missing": (
-        {"without": ("token_embd.weight",)}, "has no tensor token_embd.weight; download it again",
+        {"without": ("token_embd.weight",)},
+        "has no tensor token_embd.weight; download it again",
     ),
     "tensor without a place": (
         {"extra": {"blk.0.attn_rot_embd.weight": np.ones(8, np.float32)}},
@@ -267,6 +293,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"keys": {"feed_forward_length": 64}},
         "blk.0.ffn_gate.weight has shape [96, 64], its header says [64, 64]; download it again",
     ),
+    "layers that are missing": (
+        {"keys": {"block_count": 3}}, "has 2 layers, llama.block_count is 3; download it again",
+    ),
+    "embeddings of another width": (
+        {"keys": {"embedding_length": 128}},
+        "token_embd.weight has shape [4096, 64], llama.embedding_length is 128; download it again",
+    ),
+    "negative scaling": (
+        {"keys": {"rope.scaling.factor": -2.0}},
+        "llama.rope.scaling.factor is -2.0; only numbers above 0 make sense",
+    ),
     "adapter": (
         {"keys": {"general.type": "adapter"}},
         "general.type is 'adapter'; only whole language models (model) are read",
@@ -299,10 +336,30 @@ def test_what_is_refused_says_why(name: str, small: Path, tmp_path: Path) -> Non
 
 
 def test_the_line_comes_from_the_reader_process(small: Path, tmp_path: Path) -> None:
-    file = write_gguf(small, tmp_path / "model.gguf", {"logit_scale": 0.5})
-    with pytest.raises(ModelError, match=r"^model: \S+/model.gguf: not understood, and may change .*llama.logit_scale"):
+    file = write_gguf(small, tmp_path / "model.gguf", without=("blk.0.attn_q.weight",))
+    with pytest.raises(
+        ModelError, match=r"^model: \S+/model.gguf: lacks blk.0.attn_q.weight, which a llama model has; "
+    ):
         resolve_model(str(file), None, tmp_path / "work", print)
     assert not [path for path in (tmp_path / "work" / "base").iterdir() if path.is_dir()]
+
+
+def test_a_package_that_is_missing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(small, tmp_path / "model.gguf")
+    with monkeypatch.context() as patch, pytest.raises(ModelError) as caught:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        resolve_model(str(file), None, tmp_path / "work", print)
+    assert str(caught.value) == f"model: {file} needs the gguf package; run: pip install 'dscompress[gguf]'"
+
+    def without_sentencepiece(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece")
+
+    monkeypatch.setattr(converter, "convert", without_sentencepiece)
+    assert converter.main("folder", "model.gguf") == 2
+    line = "model: model.gguf: needs the package sentencepiece; run: pip install sentencepiece\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("share", [0.999, 0.1, 0.0001])

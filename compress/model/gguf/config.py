@@ -65,12 +65,10 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
         ModelError: naming the key that is missing, or is not supported.
     """
     family, keys = family_of(gguf), Keys(gguf)
-    embeddings = gguf.tensors.get("token_embd.weight")
-    if embeddings is None:
-        raise gguf.error("has no tensor token_embd.weight; download it again")
     if keys.number("expert_count", 0):
         raise gguf.error(f"is a mixture of {keys.number('expert_count'):g} experts; only dense models are supported")
     hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
+    rows = _check_size(gguf, keys, hidden)
     head_dim, context = keys.whole("attention.key_length", hidden // heads), keys.whole("context_length")
     keys.expect("attention.value_length", head_dim)
     keys.expect("embedding_length_out", hidden)
@@ -79,7 +77,7 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
         keys.expect("attention.scale", head_dim**-0.5)
     config: dict[str, Any] = {
         "model_type": family.model_type,
-        "vocab_size": embeddings.shape[0],
+        "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": keys.whole("feed_forward_length"),
         "num_hidden_layers": keys.whole("block_count"),
@@ -87,7 +85,7 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
     config |= _gemma(family, keys, config) if family.large else _window(keys, config)
@@ -97,6 +95,22 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
     return config
 
 
+def _check_size(gguf: Gguf, keys: Keys, hidden: int) -> int:
+    """Rows of the embeddings; refuses a header that says other sizes than the tensors have."""
+    embeddings, layers = gguf.tensors.get("token_embd.weight"), keys.whole("block_count")
+    if embeddings is None:
+        raise gguf.error("has no tensor token_embd.weight; download it again")
+    if len(embeddings.shape) != 2 or embeddings.shape[1] != hidden:
+        raise gguf.error(
+            f"token_embd.weight has shape {list(embeddings.shape)}, {gguf.architecture}.embedding_length is {hidden}; "
+            "download it again"
+        )
+    found = {name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")}
+    if len(found) != layers:
+        raise gguf.error(f"has {len(found)} layers, {gguf.architecture}.block_count is {layers}; download it again")
+    return embeddings.shape[0]
+
+
 def _gemma(family: Family, keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     """Query scale, soft caps and sliding windows of Gemma 2 and 3."""
     wide = config["num_hidden_layers"] == family.large
@@ -104,8 +118,8 @@ def _gemma(family: Family, keys: Keys, config: dict[str, Any]) -> dict[str, Any]
     keys.expect("attention.scale", scalar**-0.5)
     special: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     if family.model_type == "gemma2":
-        special["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
-        special["final_logit_softcapping"] = keys.number("final_logit_softcapping", 30.0)
+        special["attn_logit_softcapping"] = keys.positive("attn_logit_softcapping", 50.0)
+        special["final_logit_softcapping"] = keys.positive("final_logit_softcapping", 30.0)
         special["sliding_window"] = keys.whole("attention.sliding_window", 4096)
         keys.expect("attention.sliding_window_pattern", 2)
     else:

@@ -45,7 +45,7 @@ def convert(file: Path, folder: Path, shard_bytes: int = MAX_SHARD_BYTES) -> Non
     parts.mkdir()
     written = [parts / f"{number}.safetensors" for number, _ in enumerate(_shards(model, sources, shard_bytes))]
     for part, names in zip(written, _shards(model, sources, shard_bytes), strict=True):
-        write_part(part, {name: _load(gguf, sources[name], name, model) for name in names}, {})
+        write_part(part, {name: _load(gguf, sources[name], model.config) for name in names}, {})
     merge_parts(written, folder, lambda _: {}, shard_bytes)
     shutil.rmtree(parts)
     model.config.save_pretrained(folder)
@@ -62,7 +62,7 @@ def _skeleton(gguf: Gguf, config: dict[str, Any]) -> Any:
         made = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise gguf.error(f"its header describes no model that transformers can build ({reason}); {REMEDY}") from error
     model.config.architectures = [type(model).__name__]
@@ -73,24 +73,29 @@ def _sources(gguf: Gguf, model: Any) -> dict[str, str]:
     """The file's tensor for each parameter.
 
     Raises:
-        ModelError: naming parameters that the file lacks, or tensors that the model has no place for.
+        ModelError: naming tensors that the file lacks, that the model has no place for, or that have another shape.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == gguf.architecture)
     names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
-    tied = set(model.all_tied_weights_keys)
+    shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     sources = {}
-    for parameter in model.state_dict():
-        if parameter not in tied:
-            module, _, kind = parameter.rpartition(".")
-            sources[parameter] = f"{names.get_name(module) or module}.{kind}"
+    for parameter in (name for name in shapes if name not in model.all_tied_weights_keys):
+        module, _, kind = parameter.rpartition(".")
+        sources[parameter] = f"{names.get_name(module) or module}.{kind}"
     missing = [source for source in sources.values() if source not in gguf.tensors]
     if missing:
         raise gguf.error(f"lacks {_some(missing)}, which a {model.config.model_type} model has; download it again")
     left = [name for name in gguf.tensors if name not in {*sources.values(), FREQS, LONG, SHORT}]
     if left:
         raise gguf.error(f"holds {_some(left)}, for which a {model.config.model_type} model has no place; {REMEDY}")
+    for parameter, source in sources.items():
+        shape = gguf.tensors[source].shape
+        if shape != shapes[parameter]:
+            raise gguf.error(
+                f"{source} has shape {list(shape)}, its header says {list(shapes[parameter])}; download it again"
+            )
     return sources
 
 
@@ -113,16 +118,13 @@ def _shards(model: Any, sources: dict[str, str], most: int) -> Iterator[list[str
     yield names
 
 
-def _load(gguf: Gguf, source: str, parameter: str, model: Any) -> "Tensor":
+def _load(gguf: Gguf, source: str, config: Any) -> "Tensor":
     """One parameter, dequantized by the gguf package, in transformers' order, bf16."""
     import numpy as np
     import torch
 
     tensor, family = gguf.tensors[source], family_of(gguf)
-    values = _undo(family, source, _dequantized(gguf, source, tensor), model.config)
-    shape = tuple(model.state_dict()[parameter].shape)
-    if values.shape != shape:
-        raise gguf.error(f"{source} has shape {list(values.shape)}, its header says {list(shape)}; download it again")
+    values = _undo(family, source, _dequantized(gguf, source, tensor), config)
     return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
 
 

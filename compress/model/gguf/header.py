@@ -67,11 +67,18 @@ class Gguf:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, by its first bytes."""
+    """Whether a path is a GGUF file, by its first bytes.
+
+    Raises:
+        ModelError: a file that can't be read.
+    """
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise ModelError(f"model: {path} cannot be read ({error.strerror}); make it readable") from error
 
 
 def open_gguf(path: Path) -> Gguf:
@@ -122,9 +129,9 @@ def _join(parts: list[Gguf]) -> Gguf:
 
 
 def _read(path: Path) -> Gguf:
+    if not is_gguf(path):
+        raise ModelError(f"model: {path} is no GGUF file, whatever its name says; download it again")
     with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ModelError(f"model: {path} is no GGUF file, whatever its name says; download it again")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _Reader(path, data).header()

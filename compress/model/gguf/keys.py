@@ -1,5 +1,6 @@
 """The keys of a GGUF header that belong to its architecture, read so that none is passed over."""
 
+import math
 from typing import Any
 
 from compress.model.gguf.header import Gguf
@@ -39,6 +40,13 @@ class Keys:
             key = f"{self.gguf.architecture}.{name}"
             said = f"{key} is {value!r}, no number" if value is not None else f"lacks the key {key}"
             raise self.gguf.error(f"{said}; convert the model again with a current llama.cpp")
+        return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0 that is there, or has a default."""
+        value = self.number(name, default)
+        if not 0 < value < math.inf:
+            raise self.gguf.error(f"{self.gguf.architecture}.{name} is {value}; only numbers above 0 make sense")
         return value
 
     def whole(self, name: str, default: int | None = None) -> int:

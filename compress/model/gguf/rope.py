@@ -25,7 +25,7 @@ def rope_parameters(gguf: Gguf, keys: Keys, config: dict[str, Any]) -> dict[str,
     Raises:
         ModelError: a scaling that is not supported.
     """
-    kind, head_dim, base = config["model_type"], config["head_dim"], keys.number("rope.freq_base", 10000.0)
+    kind, head_dim, base = config["model_type"], config["head_dim"], keys.positive("rope.freq_base", 10000.0)
     rotary = keys.whole("rope.dimension_count", head_dim)
     if rotary != head_dim and (kind != "phi3" or int(head_dim * (rotary / head_dim)) != rotary):
         raise gguf.error(
@@ -39,7 +39,7 @@ def rope_parameters(gguf: Gguf, keys: Keys, config: dict[str, Any]) -> dict[str,
         scaling["partial_rotary_factor"] = rotary / head_dim
     scaling["rope_theta"] = base
     if kind == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+        local = {"rope_type": "default", "rope_theta": keys.positive("rope.freq_base_swa", 10000.0)}
         return {"rope_parameters": {"full_attention": scaling, "sliding_attention": local}}
     if kind == "gemma2":
         keys.expect("rope.freq_base_swa", base)
@@ -51,7 +51,8 @@ def _scaling(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scaling, and keys of the config beside it."""
     kind = keys.get("rope.scaling.type", "linear")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0)) or 1.0
+    old, new = keys.number("rope.scale_linear", 0), keys.number("rope.scaling.factor", 0)
+    factor = 1.0 if old == new == 0 else keys.positive("rope.scaling.factor" if new else "rope.scale_linear")
     original = keys.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
     tensors = [name for name in (FREQS, LONG, SHORT) if name in gguf.tensors]
     if kind == "none":
@@ -79,10 +80,10 @@ def _scaling(
 def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
     keys.expect("rope.scaling.yarn_ext_factor", 1.0)
     keys.expect("rope.scaling.yarn_log_multiplier", 0.0)
-    fast, slow = keys.number("rope.scaling.yarn_beta_fast", 32.0), keys.number("rope.scaling.yarn_beta_slow", 1.0)
+    fast, slow = keys.positive("rope.scaling.yarn_beta_fast", 32.0), keys.positive("rope.scaling.yarn_beta_slow", 1.0)
     scaling = {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow}
     # llama.cpp multiplies by these and by the usual factor; transformers' attention_factor takes the place of all
-    more = keys.number("rope.scaling.attn_factor", 1.0) * keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    more = keys.positive("rope.scaling.attn_factor", 1.0) * keys.positive("rope.scaling.yarn_attn_factor", 1.0)
     return scaling if more == 1 else {**scaling, "attention_factor": more * (0.1 * math.log(factor) + 1)}
 
 
@@ -95,9 +96,9 @@ def _longrope(
         "short_factor": _factors(gguf, SHORT, rotary),
         "original_max_position_embeddings": original,
     }
-    stretch = config["max_position_embeddings"] / original
-    usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    attention_factor = keys.number("rope.scaling.attn_factor")
+    stretch = config["max_position_embeddings"] / max(original, 2)
+    usual = math.sqrt(1 + math.log(stretch) / math.log(max(original, 2))) if stretch > 1 else 1.0
+    attention_factor = keys.positive("rope.scaling.attn_factor")
     if abs(attention_factor - usual) > 1e-5:
         scaling["attention_factor"] = attention_factor
     return scaling, {"original_max_position_embeddings": original} if config["model_type"] == "phi3" else {}
