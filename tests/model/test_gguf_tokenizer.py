@@ -164,7 +164,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**BYTE_LEVEL, "model": "t5"}, f"tokenizer.ggml.model 't5' is not supported, only gpt2 and llama are; {REMEDY}",
     ),
     "no merges": ({**BYTE_LEVEL, "merges": None}, f"its tokenizer lacks tokenizer.ggml.merges; {REMEDY}"),
-    "token twice": ({**BYTE_LEVEL, "tokens": ["a", "b", "a"]}, f"its tokenizer has the token 'a' twice; {REMEDY}"),
+    "token twice": (
+        {**BYTE_LEVEL, "tokens": ["a", "b", "a"], "token_type": [1, 1, 1]},
+        f"its tokenizer has the token 'a' twice; {REMEDY}",
+    ),
+    "too few scores": (
+        {"model": "llama", "tokens": ["a", "b", "c"], "scores": [0.0, -1.0]},
+        f"tokenizer.ggml.scores does not have a number for each of 3 tokens; {REMEDY}",
+    ),
     "merge of unknown tokens": (
         {**BYTE_LEVEL, "merges": ["a qqqq"]},
         "its merges do not fit its tokens (Token `qqqq` out of vocabulary); " + REMEDY,

@@ -37,9 +37,9 @@ def convert(file: Path, folder: Path, shard_bytes: int = MAX_SHARD_BYTES) -> Non
         ModelError: what about the file is not supported, missing or left over.
     """
     gguf = open_gguf(file)
-    config = model_config(gguf) | special_ids(gguf)
+    config = model_config(gguf)
     tokenizer = make_tokenizer(gguf)
-    model = _skeleton(gguf, config)
+    model = _skeleton(gguf, config | special_ids(gguf))
     sources = _sources(gguf, model)
     parts = folder / "parts"
     parts.mkdir()

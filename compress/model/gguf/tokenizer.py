@@ -96,13 +96,17 @@ def make_tokenizer(gguf: Gguf) -> "PreTrainedTokenizerFast":
 def _checked(gguf: Gguf) -> tuple[list[str], str]:
     """Tokens and the kind of tokenizer."""
     tokens, kind = gguf.keys.get("tokenizer.ggml.tokens"), gguf.keys.get("tokenizer.ggml.model")
-    if not isinstance(tokens, list) or kind is None:
+    if not isinstance(tokens, list) or not tokens or kind is None:
         raise gguf.error(f"has no tokenizer; {REMEDY}")
     if kind not in ("gpt2", "llama"):
         raise gguf.error(f"tokenizer.ggml.model {kind!r} is not supported, only gpt2 and llama are; {REMEDY}")
     needed = "merges" if kind == "gpt2" else "scores"
     if not isinstance(gguf.keys.get(f"tokenizer.ggml.{needed}"), list):
         raise gguf.error(f"its tokenizer lacks tokenizer.ggml.{needed}; {REMEDY}")
+    for name in ("scores", "token_type"):
+        values = gguf.keys.get(f"tokenizer.ggml.{name}", tokens)
+        if not isinstance(values, list) or len(values) != len(tokens):
+            raise gguf.error(f"tokenizer.ggml.{name} does not have a number for each of {len(tokens)} tokens; {REMEDY}")
     if len(set(tokens)) < len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise gguf.error(f"its tokenizer has the token {twice!r} twice; {REMEDY}")
@@ -138,7 +142,7 @@ def _byte_level(gguf: Gguf, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     pre = gguf.keys.get("tokenizer.ggml.pre")
-    merges = [tuple(merge.split(" ", 1)) for merge in gguf.keys["tokenizer.ggml.merges"]]
+    merges: list[Any] = [tuple(str(merge).split(" ", 1)) for merge in gguf.keys["tokenizer.ggml.merges"]]
     vocabulary = {token: no for no, token in enumerate(tokens)}
     try:
         made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
@@ -221,7 +225,7 @@ def _add_tokens(gguf: Gguf, made: "Tokenizer", tokens: list[str]) -> None:
                 special=kind == _CONTROL,
                 rstrip=takes_blanks and token not in ("<unk>", "<s>", "<|endoftext|>"),  # as in Phi-3's tokenizer.json
             )
-            for token, its in zip(tokens, kinds, strict=False)
+            for token, its in zip(tokens, kinds, strict=True)
             if its == kind
         ]
         made.add_special_tokens(added) if kind == _CONTROL else made.add_tokens(added)
