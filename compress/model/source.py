@@ -1,6 +1,5 @@
 """From what a recipe calls a model to a checkpoint folder: a folder, a hub id, a GGUF file, a file in a package."""
 
-import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -9,17 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.errors import ModelError
-from compress.system.files import commit, make_writable
-from compress.system.fingerprint import fingerprint
+from compress.model.gguf.config import model_config
+from compress.model.gguf.header import is_gguf, open_gguf
+from compress.system.files import commit
+from compress.system.fingerprint import content_digest, fingerprint
+from compress.system.locks import FileLock
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
+
+_GGUF_VERSION = 2  # of what is made of a GGUF file
 
 
 def resolve_model(reference: str, revision: str | None, work: Path, say: Callable[[str], None]) -> Path:
     """The checkpoint folder of a model.
 
     Args:
-        reference: folder, hub id, path of a .gguf file, or "package:<name>/<file>" inside an installed package.
+        reference: folder, hub id, path of a GGUF file (known by its first bytes), or "package:<name>/<file>" inside an
+            installed package.
         revision: of a hub id.
         work: work folder, where a dequantized GGUF file is kept.
         say: told what takes time.
@@ -29,7 +34,7 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
     """
     if reference.startswith("package:"):
         path = _in_package(reference)
-    elif Path(reference).expanduser().exists() or reference.endswith(".gguf") or _looks_local(reference):
+    elif Path(reference).expanduser().exists() or reference.lower().endswith(".gguf") or _looks_local(reference):
         path = Path(reference).expanduser()
     else:
         return _from_hub(reference, revision)
@@ -37,7 +42,8 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
         raise ModelError(f"revision: {revision!r} is given, but {reference} is no hub id; remove it")
     if not path.exists():
         raise ModelError(f"model: {reference} does not exist; give a model folder, a .gguf file or a hub id")
-    return _from_gguf(path, work, say) if path.suffix == ".gguf" else path
+    named = path.is_file() and path.suffix.lower() == ".gguf"
+    return _from_gguf(path, work, say) if named or is_gguf(path) else path
 
 
 def _looks_local(reference: str) -> bool:
@@ -56,9 +62,7 @@ def _in_package(reference: str) -> Path:
     root = Path(next(iter(found.submodule_search_locations)))
     path = root / name
     if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
-        files = sorted(
-            file.name for file in root.iterdir() if file.suffix == ".gguf" or (file / "config.json").is_file()
-        )
+        files = sorted(file.name for file in root.iterdir() if is_gguf(file) or (file / "config.json").is_file())
         raise ModelError(f"model: {reference}: no such model in the package; it has {', '.join(files) or 'none'}")
     return path
 
@@ -93,31 +97,41 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
-    """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds the model."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"model: {path} is no GGUF file, whatever its name says; download it again")
+    """Dequantize a GGUF file to a bf16 checkpoint, in a process of its own: this one never holds a tensor."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
-    stat = path.stat()
-    folder = work / "base" / fingerprint("gguf", 1, path.name, stat.st_size, stat.st_mtime_ns)
+    gguf = open_gguf(path)
+    model_config(gguf)  # what it refuses is said before the file is read
+    folder = work / "base" / fingerprint("gguf", _GGUF_VERSION, [content_digest(part) for part in gguf.parts])
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".part")
-    command = [sys.executable, "-m", "compress.model.gguf", str(path.resolve()), str(partial)]
-    make_writable(folder.parent)
-    with folder.with_name(folder.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held by the reader too, which outlives this process if it is killed
+    command = [sys.executable, "-m", "compress.model.gguf.convert", str(partial), str(path.absolute())]
+    with lock_of(folder) as lock:  # held by the reader too, which outlives this process if it is killed
+        lock.acquire(exclusive=True, waiting=lambda holder: say(f"waiting for {holder}, which reads {path.name}"))
         if folder.is_dir():
             return folder
         say(f"dequantizing {path.name} to bf16")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock.fileno()])
+        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[lock.descriptor])
         if done.returncode:
             shutil.rmtree(partial, ignore_errors=True)
-            lines = done.stderr.strip().splitlines()
-            reason = lines[-1] if lines else f"the reader was stopped by signal {-done.returncode}"
-            raise ModelError(f"model: {path} cannot be read as GGUF ({reason}); download it again")
+            raise ModelError(_reason(path, done))
         commit(partial, folder)
     return folder
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Held alone by who makes a base model in a work folder, shared by those who use it."""
+    return FileLock(folder.with_name(folder.name + ".lock"))
+
+
+def _reason(path: Path, done: "subprocess.CompletedProcess[str]") -> str:
+    """Why the reader gave up: its own line, or what became of it."""
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == ModelError.exit_code and lines:
+        return lines[-1]
+    if done.returncode < 0:
+        return f"model: {path}: the reader was stopped by signal {-done.returncode}; is there enough memory?"
+    return f"model: {path} cannot be read as GGUF ({lines[-1] if lines else 'no reason given'}); give its safetensors"

@@ -165,7 +165,7 @@ def _resolve_model(document: Document) -> Path | None:
     if kind:
         document.replace(("model",), str(path))
         return path
-    if model.startswith(("/", "~", "./", "../")) or model in (".", "..") or model.endswith(".gguf"):
+    if model.startswith(("/", "~", "./", "../")) or model in (".", "..") or model.lower().endswith(".gguf"):
         document.add_problem(("model",), f"{model}: no such file or folder{_guess_file(path)}")
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         message = "is not a model; write a hub id (org/name), a folder, a .gguf file or package:NAME/FILE.gguf"

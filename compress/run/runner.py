@@ -23,7 +23,7 @@ from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import DIGESTS, identity
 from compress.model.shapes import check_vocabulary, parameter_count
-from compress.model.source import resolve_model
+from compress.model.source import lock_of, resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
@@ -86,11 +86,11 @@ def run(
         )
     work = None if work_dir is None else Path(work_dir).absolute()
     job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
-    with job.in_its_place(), _fitting():
-        job.prepare()
+    with job.in_its_place(), _fitting(), ExitStack() as kept:
+        job.prepare(kept)
         parent, parent_id = job.base, job.base_id
         stages = []
-        with ExitStack() as kept, job.loader_ahead():
+        with job.loader_ahead():
             for spec in recipe.stages:
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
@@ -176,10 +176,12 @@ class _Job:
         finally:
             lock.remove()
 
-    def prepare(self) -> None:
-        """Open the model, check everything that can be checked, read the text."""
-        recipe = self.recipe
-        self.planned = plan_run(recipe, self._model())
+    def prepare(self, kept: ExitStack) -> None:
+        """Open the model, check everything that can be checked, read the text; `kept` holds on to the model."""
+        recipe, folder = self.recipe, self._model()
+        if folder.parent == self.work / "base" and distributed.rank() == 0:
+            kept.enter_context(lock_of(folder)).acquire(exclusive=False, waiting=self.reporter.say)
+        self.planned = plan_run(recipe, folder)
         self._check_splits()
         assert self.planned.base is not None, "the model has been found"
         base = self.base = self.planned.base

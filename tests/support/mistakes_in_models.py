@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from desk import RUN, Case, Desk
+from gguf_files import write_gguf
 
 
 def only_pickles(desk: Desk) -> list[str]:
@@ -16,6 +18,14 @@ def ggufs(content: bytes) -> Callable[[Desk], list[str]]:
     def arrange(desk: Desk) -> list[str]:
         desk.write("model.gguf", content)
         return [*RUN, "--model", "model.gguf"]
+
+    return arrange
+
+
+def written_gguf(name: str, **options: Any) -> Callable[[Desk], list[str]]:
+    def arrange(desk: Desk) -> list[str]:
+        write_gguf(desk.file("model"), desk.file(name), **options)
+        return [*RUN, "--model", name]
 
     return arrange
 
@@ -98,7 +108,24 @@ CASES = [
     Case(
         "GGUF file cut short",
         ggufs(b"GGUF\x03\x00\x00\x00" + b"\x01" + b"\x00" * 7),
-        "model: FOLDER/model.gguf cannot be read as GGUF (…); download it again",
+        "model: FOLDER/model.gguf is cut short in its header; download it again",
+    ),
+    Case(
+        "one part of a split GGUF file",
+        written_gguf("small-00002-of-00002.gguf", part=(1, 2)),
+        "model: FOLDER/small-00002-of-00002.gguf: is one of the 2 parts of a split model; small-00001-of-00002.gguf "
+        "missing, put all parts in one folder",
+    ),
+    Case(
+        "GGUF file without a tensor, under a name that does not say what it is",
+        written_gguf("blob", without=["token_embd.weight"]),
+        "model: FOLDER/blob: has no tensor token_embd.weight; download it again",
+    ),
+    Case(
+        "GGUF file with a key that is not understood",
+        written_gguf("model.GGUF", keys={"residual_scale": 0.5}),
+        "model: FOLDER/model.GGUF: not understood, and may change the computation: llama.residual_scale = 0.5; "
+        "give the model's safetensors folder instead",
     ),
     Case(
         "no config.json",
