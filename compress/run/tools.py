@@ -32,7 +32,9 @@ def evaluate(
     import torch
 
     from compress.data.calibration import load_windows
+    from compress.evaluate.base import check_base
     from compress.evaluate.compare import compare
+    from compress.evaluate.verify import probe_tokens
     from compress.formats.dequantized import DequantizedCheckpoint
     from compress.loop.context import Context
     from compress.system.compute import pick_device, pick_dtype
@@ -55,10 +57,13 @@ def evaluate(
         reporter.warn(warning)
     check_vocabulary(original, int(tokens.tokens.max()))
     dtype = pick_dtype(place, torch.bfloat16)
-    context = Context(place, dtype, None, tokens.tokens[:1, :2], reporter, trust_remote_code)
+    probe = probe_tokens(original.folder, trust_remote_code)[None]
+    context = Context(place, dtype, None, probe, reporter, trust_remote_code)
     make_writable(work)
     base_id = identity(original, work)
     with writing(work):
+        if not original.config.get("quantization_config"):
+            check_base(original, base_id, context, work / "evaluations")
         quality = compare(
             DequantizedCheckpoint(original),
             DequantizedCheckpoint(result),

@@ -111,3 +111,12 @@ def test_a_tied_head_that_is_stored_twice_is_written_once(folder: Path) -> None:
     assert run().exit_code == 0
     assert report(folder)["warnings"] == []
     assert forms.HEAD not in forms.tensors_of(folder / "out")
+
+
+def test_eval_reads_the_base_as_a_run_does(folder: Path) -> None:
+    forms.untied_without_prefix(folder / "model")
+    assert run().exit_code == 0
+    asked = ["--text", "text.txt", "--sequence-length", 32, "--windows", 2, "--device", "cpu"]
+    result = invoke("eval", "model", "out", *asked)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == report(folder)["quality"]
