@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
     from compress.system.progress import Reporter
 
-_MOST_PROBLEMS = 50
+_MOST_PROBLEMS, _LONGEST_LINE = 50, 1000
 
 
 class _Group(TyperGroup):
@@ -47,6 +47,8 @@ def _say(error: DscompressError) -> None:
 def _printable(text: str) -> str:
     """One line, in which what a file slipped in can't steer the terminal."""
     line = " ".join(text.splitlines())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

@@ -115,6 +115,14 @@ def test_a_model_with_code_of_its_own_runs_where_that_is_allowed(desk: Desk, mon
     assert verified.exit_code == 0 and verified.stdout.endswith("PASS\n")
 
 
+def test_default_keys_of_experts_make_no_mixture(desk: Desk) -> None:
+    """Configs of dense models keep them where a family has mixtures too; the weights say what a model is."""
+    desk.config(is_moe=False, num_local_experts=8, num_experts=128, n_routed_experts=64, moe_intermediate_size=96)
+    result = invoke(*QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert desk.file("out/model.safetensors").is_file()
+
+
 @pytest.mark.skipif(not MOUNTS, reason=ROOM)
 def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
     disk = desk.mount("little", "size=400k")

@@ -174,6 +174,7 @@ def _answer() -> None:
         torch.set_num_threads(timing.threads)
     model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype), **options)
     model.to(request.device).eval()
+    model.config.return_dict = True  # what is read of its outputs is read by name
     with torch.no_grad():
         pace = _pace(model, timing) if timing is not None else None
         if request.tokens:

@@ -56,6 +56,10 @@ class DequantizedCheckpoint:
         self.folder = checkpoint.folder
         self._checkpoint = checkpoint
         config = checkpoint.config.get("quantization_config") or {}
+        if not isinstance(config, dict):
+            raise ModelError(
+                f"{self.folder}: quantization_config is no mapping ({config!r:.40}); download the model again"
+            )
         method = config.get("quant_method")
         layout = config.get("format")
         reader = "eight-bit" if layout in eight_bit.FORMATS and method == "compressed-tensors" else method

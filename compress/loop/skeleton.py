@@ -23,6 +23,7 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        config.return_dict = True  # what is read of its outputs is read by name
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except MemoryError:

@@ -16,6 +16,7 @@ _LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2**14),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 2**40),
     "vocab_size": 2**28,
+    "num_labels": 2**20,  # transformers makes a dictionary of them
 }
 
 
