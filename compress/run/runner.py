@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from compress import records
 from compress.errors import DscompressError, OutputError, UserError
 from compress.evaluate.stock import started_ahead
+from compress.formats.facts import FACTS, measured_bits
 from compress.model.checkpoint import Checkpoint, read_part
-from compress.model.shapes import check_vocabulary, parameter_count
+from compress.model.shapes import check_vocabulary, model_dtype, parameter_count
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.quantize import WeightOnlyStage
@@ -26,7 +27,7 @@ from compress.records import RECORD, Record, now, read_record
 from compress.run.artefact import check_output, keep_foreign, publish, work_folder
 from compress.run.plan import calibration_of, open_model
 from compress.run.warnings import cautions
-from compress.stages.quantize.plan import plan_matrices, quantized_bytes
+from compress.stages.quantize.plan import plan_matrices
 from compress.system import distributed
 from compress.system.files import commit, make_writable, write_text, writing
 from compress.system.fingerprint import digests, fingerprint
@@ -136,7 +137,7 @@ class _Run:
         quality = self._evaluate(base, base_id, parent, parent_id, windows, context)
         generations, note = self._generate(base, base_id, parent, parent_id, context)
         speed, speed_note = None, None
-        if recipe.evaluate is not None and recipe.stages[-1].format == "torchao" and context.device.type == "cpu":
+        if recipe.evaluate is not None and FACTS[recipe.stages[-1].layout].runs_on_cpu and context.device.type == "cpu":
             from compress.evaluate.speed import compare_speed
 
             cache = self.work / "evaluations"
@@ -180,7 +181,7 @@ class _Run:
         recipe = self.recipe
         device = pick_device(self.options.device, self.options.max_memory)
         tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
-        stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
+        stored = torch.float16 if model_dtype(base) == "F16" else torch.bfloat16
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
         cpu = f"{torch.get_num_threads()} CPU threads"
@@ -305,8 +306,9 @@ class _Run:
         spec = self.recipe.evaluate
         if spec is None:
             return [], "evaluation is turned off"
-        if result.config["quantization_config"]["quant_method"] == "gptq":
-            return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
+        stock = FACTS[self.recipe.stages[-1].layout].stock
+        if stock is not None:
+            return [], stock
         needed = int(parameter_count(base) * context.dtype.itemsize * 1.3)
         free = available(context.device, context.max_memory)
         if needed > free:
@@ -347,13 +349,12 @@ class _Run:
 
     def _compressed(self, base: Checkpoint, result: Checkpoint, stages: Sequence[records.Stage]) -> records.Compressed:
         spec = self.recipe.stages[-1]
-        matrices = plan_matrices(spec, base, "stages")
-        weights = sum(m.shape[0] * m.shape[1] for m in matrices)
+        shapes = {matrix.name: matrix.shape for matrix in plan_matrices(spec, base, "stages")}
         parameters = parameter_count(base)
         return records.Compressed(
             path=str(self.output), bytes=result.bytes, parameters=parameters, format=spec.format,
             bits_per_weight=8 * result.bytes / parameters,
-            quantized_bits_per_weight=8 * sum(quantized_bytes(m, spec.format) for m in matrices) / weights,
+            quantized_bits_per_weight=measured_bits(result.tensors, shapes),
         )  # fmt: skip
 
     def _publish(self, artefact: Path, report: records.Report) -> None:

@@ -3,22 +3,17 @@
 Never imports torch, so that `validate` answers at once.
 """
 
-import re
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
+from compress.formats import openers
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules
 from compress.recipe.load import load_evaluation_spec
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
 from compress.run.plan import calibration_of
-from compress.stages.quantize.plan import Matrix, plan_matrices
+from compress.stages.quantize.plan import plan_matrices
 from compress.system.fingerprint import sha256
-
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM
 
 
 def cautions(recipe: Recipe, base: Checkpoint | None = None) -> list[str]:
@@ -42,33 +37,11 @@ def cautions(recipe: Recipe, base: Checkpoint | None = None) -> list[str]:
                 "which flatters the reported accuracy; calibrate on another, such as general_en"
             )
     for number, stage in enumerate(recipe.stages):
-        if base is not None and stage.format != "torchao":
-            where = f"stages.{number}"
-            lines += _refused_by_vllm(plan_matrices(stage, base, where), find_modules(base).linears, where)
+        if base is not None:
+            where, modules, kind = f"stages.{number}", find_modules(base), str(base.config.get("model_type"))
+            matrices = plan_matrices(stage, base, where)
+            lines += openers.cautions(stage.layout, matrices, modules.linears, modules.embeddings, kind, where)
     return lines
-
-
-def _refused_by_vllm(matrices: Sequence[Matrix], linears: Collection[str], where: str) -> list[str]:
-    """What a checkpoint would hold that vLLM does not run, since it joins some linears; transformers opens it.
-
-    Args:
-        matrices: to quantize.
-        linears: names of all linears of the decoder layers.
-        where: the stage, such as `stages.0`.
-    """
-    schemes = {matrix.name: replace(matrix, name="", shape=(0, 0)) for matrix in matrices}
-    rows = {matrix.name: matrix.shape[0] % matrix.rows for matrix in matrices if matrix.rows > 1}
-    found = {}
-    for parent, parts in product(dict.fromkeys(name.rpartition(".")[0] for name in linears), _JOINED):
-        names = [name for part in parts if (name := f"{parent}.{part}") in linears]
-        said = f"{where}: {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', parent)}: {' and '.join(parts)} "
-        if len({schemes.get(name) for name in names}) > 1:
-            found[said] = "are quantized differently; vLLM joins them and needs one scheme"
-        elif any(rows.get(name) for name in names):
-            found[said] = (
-                "have rows that fill no whole block; vLLM joins them and needs that (use granularity: channel)"
-            )
-    return [f"{said}{why}; transformers opens them as they are" for said, why in found.items()]
 
 
 def _same_text(one: CalibrationSpec, other: CalibrationSpec) -> bool:

@@ -1,6 +1,7 @@
 """Quantized checkpoints read as dense ones: our own, those of other writers, and those that must be refused."""
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def gptq_folder(dense: Path, to: Path, order: bool, **config: Any) -> tuple[Path
     tensors |= {f"{module}.{n}": t for n, t in gptq_by_hand(codes, zero, scale, g_idx).items()}
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": order, **config}
+    quantization["dynamic"] = {rf"-:(?!{re.escape(module)}$)": {}}
     written = json.loads((dense / "config.json").read_text()) | {"quantization_config": quantization}
     (to / "config.json").write_text(json.dumps(written))
     return to, f"{module}.weight", ((codes - zero[g_idx]).float() * scale.float()[g_idx]).t()

@@ -114,7 +114,7 @@ def test_gptq_round_trip(bits: int, group_size: int, symmetric: bool, rows: int,
     matrix = random_matrix(rows, multiple * (group_size if group_size > 0 else 32), grid, seed=multiple)
     tensors = gptq.pack(matrix)
     assert_equal(gptq.unpack(tensors, grid), matrix)
-    assert torch.equal(gptq.dequantize(tensors, bits), matrix.dequantize())
+    assert torch.equal(gptq.dequantize(tensors, grid), matrix.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -146,7 +146,7 @@ def test_gptq_dequantize_follows_a_permuted_group_index_and_unpack_refuses_it() 
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     permuted = Quantized(matrix.codes[:, order], matrix.scale, matrix.zero, grid)
     shuffled = {**gptq.pack(permuted), "g_idx": tensors["g_idx"][order]}
-    assert torch.equal(gptq.dequantize(shuffled, 4), matrix.dequantize()[:, order])
+    assert torch.equal(gptq.dequantize(shuffled, grid), matrix.dequantize()[:, order])
     with pytest.raises(ModelError, match="activation order"):
         gptq.unpack(shuffled, grid)
 

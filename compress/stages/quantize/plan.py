@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from compress.errors import RecipeError
+from compress.formats.facts import bytes_on_disk
 from compress.model.arch import width_of
 from compress.model.checkpoint import Checkpoint, TensorInfo
-from compress.model.shapes import LAYER, find_modules, is_tied, parameter_count
+from compress.model.shapes import LAYER, find_modules, is_tied, model_dtype, parameter_count
 from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
 
@@ -186,8 +187,8 @@ def estimate(
 ) -> Estimate:
     """Memory and disk of a quantize stage on this model with this much calibration text."""
     modules = find_modules(checkpoint)
-    wide = any(checkpoint.tensors[f"{name}.weight"].dtype == "F32" for name in modules.linears)
-    packed = sum(quantized_bytes(m, spec.format, 4 if wide else 2) + 3 * _HEADER_BYTES for m in matrices)
+    dtype = model_dtype(checkpoint)
+    packed = sum(bytes_on_disk(spec.layout, matrix, dtype) + 3 * _HEADER_BYTES for matrix in matrices)
     replaced = {matrix.name for matrix in matrices} | ({modules.head} if is_tied(checkpoint, modules) else set())
     output = checkpoint.bytes + packed - sum(_dense_bytes(checkpoint, name) for name in replaced)
     layer: Counter[str] = Counter()
@@ -207,17 +208,3 @@ def estimate(
 def _dense_bytes(checkpoint: Checkpoint, module: str) -> int:
     info = checkpoint.tensors.get(f"{module}.weight")
     return info.bytes if info is not None else 0
-
-
-def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
-    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
-    rows, columns = matrix.shape
-    scales = matrix.scales
-    if format == "torchao":
-        return rows * columns + (scale_bytes + (matrix.bits == 4)) * scales
-    if matrix.inputs is not None:
-        return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
-    if format == "gptq":
-        return (rows * columns + scales) * matrix.bits // 8 + 2 * scales + 4 * columns
-    zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)
-    return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compress import records
 from compress.errors import NumericalError, RecipeError
+from compress.formats.base import DTYPES
 from compress.formats.table import FORMATS
 from compress.loop.activations import Activations
 from compress.loop.attention import received_attention
@@ -29,9 +30,9 @@ from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint, merge_parts, read_part, write_part
-from compress.model.shapes import find_modules
+from compress.model.shapes import find_modules, model_dtype
 from compress.quant.error_propagation import PropagatedError
-from compress.quant.grid import FakeQuantize, Grid
+from compress.quant.grid import FakeQuantize, Grid, Quantized
 from compress.quant.statistics import Gram, gram
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.stages.context import Context
@@ -43,7 +44,7 @@ from compress.system import distributed
 from compress.system.files import write_text
 from compress.system.memory import PeakMemory
 
-CODE_VERSION = 6  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
+CODE_VERSION = 7  # raised when the same inputs give other codes, so that old artefacts are not taken for new ones
 _OUTER = "outer.safetensors"
 PROBE = "probe.safetensors"
 _NOT_COPIED = (  # by first and by last letters: weights, and what is written anew
@@ -86,7 +87,7 @@ class _Quantization:
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
         self.format = FORMATS[spec.layout]
-        self.stored = _stored_dtype(parent)
+        self.dtype = model_dtype(parent)
         self.grids = {name: self._grid(matrix) for name, matrix in self.matrices.items()}
         problems = self.format.problems(
             {name: matrix.shape for name, matrix in self.matrices.items()}, self.grids, self._embeddings()
@@ -108,19 +109,19 @@ class _Quantization:
         layers = {name.removeprefix(self.modules.layers).split(".")[1] for name in inside}
         widths = [shape[1] for shape in self.modules.linears.values()]
         stored = sum(info.bytes for info in inside.values()) // len(layers)
-        held = 2 + models * self.context.dtype.itemsize / self.stored.itemsize
+        itemsize = min(DTYPES[info.dtype].itemsize for info in inside.values() if info.dtype in DTYPES)
+        held = 2 + models * self.context.dtype.itemsize / itemsize
         if isinstance(self.spec, WeightActivationStage) and self.spec.smooth is not None:
-            held += 4 / self.stored.itemsize - 1  # what is read becomes float32
+            held += 4 / itemsize - 1  # what is read becomes float32
         return self.context.room(int(held * stored), max(widths), min(widths)) / models
 
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]
 
     def _grid(self, matrix: Matrix) -> Grid:
-        scale_dtype = self.format.scale_dtype(self.stored)
         return Grid(
-            matrix.bits, matrix.group_size, matrix.symmetric, scale_dtype, self.format.zero_minimum,
-            signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
+            matrix.bits, matrix.group_size, matrix.symmetric, self.format.scale_dtype(self.dtype),
+            self.format.zero_minimum, signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class _Quantization:
             if self.spec.calibrates:
                 check_calls(stream, self.matrices, probe)
             if isinstance(self.spec, WeightOnlyStage):
-                check_weights(stream, self.matrices, probe, self.spec.layout)
+                check_weights(stream, self.matrices, probe, self.spec.format)
             activations = stream.start(self._calibration()) if self.spec.calibrates else None
         if self.solver.correction and activations is not None:
             self.original = self._beside(activations, probe)
@@ -228,8 +229,12 @@ class _Quantization:
                 dense[name] = tensor
         for module, local_tensors in packed.items():
             unpacked = self.format.unpack(local_tensors, self.grids[module])
-            dense[f"{module}.weight"] = self.format.weight(unpacked, self.context.dtype)
+            dense[f"{module}.weight"] = self._weight(unpacked)
         return dense
+
+    def _weight(self, matrix: Quantized) -> Tensor:
+        """What a linear runs with, as loaders will have it."""
+        return self.format.weight(matrix, self.context.dtype, self.format.dense(self.grids, self._embeddings()))
 
     def _transform(
         self, index: int, activations: Activations | None, probe: Activations
@@ -273,12 +278,10 @@ class _Quantization:
             if self.inputs is not None:
                 found = self.inputs.described(found, raw)
             solved.update(found)
-            stream.fill_layer(
-                index, {f"{n}.weight": self.format.weight(s.quantized, self.context.dtype) for n, s in found.items()}
-            )
+            stream.fill_layer(index, {f"{name}.weight": self._weight(each.quantized) for name, each in found.items()})
 
         if activations is None:
-            for name in (name for name in self.matrices if name.startswith(prefix)):
+            for name in (each for each in self.matrices if each.startswith(prefix)):
                 visit((name.removeprefix(prefix),), ())
         elif self.original is not None:
             for group, pairs, writing in self.original.beside(stream, index, activations, raw):
@@ -307,7 +310,7 @@ class _Quantization:
             return {}
         weight = self.parent.load([f"{name}.weight"], self.context.device)
         solved = self.solver.solve({name: weight[f"{name}.weight"]}, None)
-        self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
+        self.stream.replaced[f"{name}.weight"] = self._weight(solved[name].quantized)
         return solved
 
     def _head(self, raw: Mapping[str, Tensor], activations: Activations | None) -> dict[str, Solved]:
@@ -320,7 +323,7 @@ class _Quantization:
         with self.stream.outer():
             hessian = gram(map(self.stream.head_inputs, activations or ()))
             solved = self.solver.solve({name: weight.to(self.context.device)}, hessian)
-        self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
+        self.stream.replaced[f"{name}.weight"] = self._weight(solved[name].quantized)
         return solved
 
     def _outside(
@@ -362,6 +365,8 @@ class _Quantization:
         )
         if self.modules.head in self.matrices:
             config["tie_word_embeddings"] = False
+        if not config.get("dtype") and not config.get("torch_dtype"):
+            config["dtype"] = str(DTYPES[self.dtype]).removeprefix("torch.")  # else loaders take that of some tensor
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in self.format.extra_files(config["quantization_config"]).items():
             write_text(folder / name, content)
@@ -386,13 +391,6 @@ def _write(part: Path, tensors: dict[str, Tensor], record: records.Layer, stream
 def _alone(batch: Tensor) -> Pair:
     """A batch with no original model beside it."""
     return batch, None
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the decoder layers' weights."""
-    by_name: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    first = next(iter(find_modules(checkpoint).linears))
-    return by_name[checkpoint.tensors[f"{first}.weight"].dtype]
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
