@@ -91,7 +91,7 @@ class DequantizedCheckpoint:
         elif schemes is not None:
             self._find_rounding(schemes.cache)
         for module, parts in self._left.items():
-            raise self._error(module, f"has {', '.join(parts)}, which config.json does not account for")
+            raise self._error(module, f"has {', '.join(sorted(parts))}, which config.json does not account for")
 
     def _error(self, module: str, words: object) -> ModelError:
         return ModelError(f"{self.folder}: {module} {words}")

@@ -31,7 +31,7 @@ from compress.formats.base import DTYPES, Format, Infos, Scheme
 from compress.formats.facts import GPTQ
 from compress.formats.openers import JOINED
 from compress.formats.packing import pack_rows, unpack_rows
-from compress.formats.patterns import has_number, inside_layer, select
+from compress.formats.patterns import also_called, has_number, inside_layer, select
 from compress.quant.grid import Grid, Quantized
 
 _Kind = tuple[int, int, bool]  # bits, group_size, symmetric
@@ -109,11 +109,8 @@ def _codes_and_zero(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, T
 
 
 def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
-    """What a config says of a module, with the first of its `dynamic` rules that matches; None: it keeps its weights.
-
-    An output head may lie in the files under another name than in the model.
-    """
-    names = [module] if has_number(module) else [module, "lm_head"]
+    """What a config says of a module, with the first of its `dynamic` rules that matches; None: it stays dense."""
+    names = also_called(module)
     for rule, changes in (config.get("dynamic") or {}).items():
         if any(re.match(rule.removeprefix("+:").removeprefix("-:"), name) for name in names):
             return None if rule.startswith("-:") else {**config, **changes}

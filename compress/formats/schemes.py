@@ -11,7 +11,7 @@ from typing import Any
 from compress.errors import ModelError
 from compress.formats.base import Scheme
 from compress.formats.facts import FLOAT_QUANTIZED, INT_QUANTIZED, PACK_QUANTIZED, READABLE
-from compress.formats.patterns import has_number
+from compress.formats.patterns import also_called
 
 LAYOUTS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
 _MIXED = "mixed-precision"
@@ -85,11 +85,8 @@ class Schemes:
             _check(inputs, f"{where}.input_activations", {"num_bits": (8,), "strategy": by_token})
 
     def of(self, module: str) -> Scheme | None:
-        """A module's scheme, as a group of the config; None where it keeps its weights.
-
-        An output head may lie in the files under another name than in the model.
-        """
-        names = [module] if has_number(module) else [module, "lm_head"]
+        """A module's scheme, as a group of the config; None where it keeps its weights."""
+        names = also_called(module)
         if any(_matches(name, pattern) for name in names for pattern in self._ignore):
             return None
         found = []

@@ -135,7 +135,9 @@ def describe(infos: Infos, _: Sequence[int], scheme: Scheme) -> Grid:
         raise ModelError("has a weight_scale but no weight of 8 bits; get the files again")
     float8, symmetric = weight.dtype == "F8_E4M3", weights.get("symmetric", True)
     if float8 != (weights.get("type", "int") == "float"):
-        raise ModelError(f"holds {weight.dtype}, config.json says {weights.get('type', 'int')}; get both again")
+        raise ModelError(
+            f"holds {weight.dtype}, config.json says {weights.get('type', 'int')}; get both from the same place"
+        )
     rows, columns = weight.shape
     shared, width = 1, -1
     wanted: tuple[int, ...] = rows, 1
@@ -151,7 +153,7 @@ def describe(infos: Infos, _: Sequence[int], scheme: Scheme) -> Grid:
         )
     zero = infos.get("weight_zero_point")
     if (zero is None) != symmetric or (zero is not None and (zero.dtype != "I8" or zero.shape != scale.shape)):
-        raise ModelError(f"{'lacks' if zero is None else 'has'} a weight_zero_point that fits: {_said(weights)}")
+        raise ModelError(f"has {'no' if zero is None else 'another'} weight_zero_point: {_said(weights)}")
     return Grid(8, width, symmetric, DTYPES[scale.dtype], signed_scale=False, float8=float8, rows=shared)
 
 
@@ -175,10 +177,9 @@ def input_rounding(scheme: Scheme, scale: Tensor | None) -> FakeQuantize | None:
     arguments = scheme.get("input_activations") or {}
     static = bool(arguments) and not arguments.get("dynamic")
     if static != (scale is not None) or (scale is not None and scale.numel() != 1):
-        raise ModelError(
-            f"{'lacks' if scale is None else 'has'} an input_scale that fits: config.json says its inputs are "
-            f"{'static, one scale' if static else 'dynamic' if arguments else 'not rounded'}; get both again"
-        )
+        there = "no input_scale" if scale is None else "an input_scale" + (f" of shape {list(scale.shape)}" * static)
+        said = "static, with one scale" if static else "dynamic" if arguments else "not rounded"
+        raise ModelError(f"has {there}, config.json says its inputs are {said}; get both from the same place")
     if not arguments:
         return None
     group_size = arguments.get("group_size") if arguments.get("strategy") == "group" else None

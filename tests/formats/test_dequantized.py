@@ -172,6 +172,36 @@ def test_gptq_of_another_writer_also_with_an_activation_order(dense: Path, tmp_p
     assert f"{LAYERS}self_attn.q_proj.bias" in view.tensors
 
 
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_gptq_without_a_group_index(dense: Path, tmp_path: Path, desc_act: bool) -> None:
+    """Some writers leave it out where groups lie in order; a lost order can't be guessed."""
+    folder, name, expected = gptq_folder(dense, tmp_path / "whole", order=False, desc_act=desc_act)
+    module = name.removesuffix(".weight")
+    without = changed(folder, tmp_path / "without", {f"{module}.g_idx": None})
+    if desc_act:
+        with pytest.raises(ModelError) as caught:
+            DequantizedCheckpoint(Checkpoint(without))
+        assert str(caught.value) == (
+            f"{without}: {module} has no g_idx, without which its activation order (desc_act) is lost; get the files "
+            "again"
+        )
+        return
+    view = DequantizedCheckpoint(Checkpoint(without))
+    assert torch.equal(view.load([name])[name], expected)
+
+
+@pytest.mark.parametrize(("key", "value"), [("bits", 8), ("group_size", 64), ("group_size", -1)])
+def test_gptq_tensors_that_are_not_what_the_config_says(dense: Path, tmp_path: Path, key: str, value: int) -> None:
+    folder, name, _ = gptq_folder(dense, tmp_path / "model", order=False, **{key: value})
+    said = {"bits": 4, "group_size": 32} | {key: value}
+    with pytest.raises(ModelError) as caught:
+        DequantizedCheckpoint(Checkpoint(folder))
+    assert str(caught.value) == (
+        f"{folder}: {name.removesuffix('.weight')} holds 4 bits in 2 groups of 64 inputs, config.json says "
+        f"{said['bits']} bits, group_size {said['group_size']}; get both from the same place"
+    )
+
+
 # ---- what is refused
 
 
