@@ -3,11 +3,9 @@
 Never imports torch. A format has one name everywhere, the one that its own library gives it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
-
-from compress.model.checkpoint import TensorInfo
 
 PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED = "pack-quantized", "int-quantized", "float-quantized"
 GPTQ, TORCHAO = "gptq", "torchao"
@@ -83,6 +81,14 @@ class Matrix(Protocol):
         """Scales in all."""
 
 
+class Stored(Protocol):
+    """A tensor in a file (compress/model/checkpoint.py)."""
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+
+
 def scale_dtype(layout: str, model: str) -> str:
     """In which dtype a format stores scales, in safetensors' spelling.
 
@@ -114,15 +120,15 @@ def bytes_on_disk(layout: str, matrix: Matrix, model: str = "BF16") -> int:
     return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16
 
 
-def measured_bits(tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int]]) -> float:
+def measured_bits(tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int, int]]) -> float:
     """Bits per quantized weight, from the headers of a written checkpoint: all that it stores of them but biases.
 
     Args:
         tensors: of the checkpoint.
         shapes: (O, I) of the quantized matrices, by module.
     """
-    parts: Iterable[tuple[str, str, TensorInfo]] = (
-        (*name.rpartition(".")[::2], info) for name, info in tensors.items()
-    )
-    stored = sum(info.bytes for module, part, info in parts if module in shapes and part != "bias")
+    stored = 0
+    for name, info in tensors.items():
+        module, _, part = name.rpartition(".")
+        stored += info.bytes if module in shapes and part != "bias" else 0
     return 8 * stored / sum(rows * columns for rows, columns in shapes.values())

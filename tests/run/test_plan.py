@@ -14,13 +14,14 @@ from small_model import write_model
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
+from compress.formats.facts import bytes_on_disk
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_length, check_vocabulary, find_modules, parameter_count
 from compress.recipe.quantize import Override, WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import Recipe
 from compress.run.plan import open_model
 from compress.stages.context import Context
-from compress.stages.quantize.plan import Matrix, estimate, plan_matrices, quantized_bytes
+from compress.stages.quantize.plan import Matrix, estimate, plan_matrices
 from compress.stages.quantize.run import quantize
 from compress.system.progress import Reporter
 
@@ -260,8 +261,8 @@ def test_estimated_bytes_are_the_bytes_on_disk(
     written = Checkpoint(tmp_path / "checkpoint")
     names = {matrix.name for matrix in matrices}
     packed = sum(info.bytes for name, info in written.tensors.items() if name.rpartition(".")[0] in names)
-    scale_bytes = 2 if tie or format == "gptq" else 4  # the untied model is float32
-    assert sum(quantized_bytes(matrix, format, scale_bytes) for matrix in matrices) == packed
+    dtype = "BF16" if tie else "F32"
+    assert sum(bytes_on_disk(stage.layout, matrix, dtype) for matrix in matrices) == packed
     plan = estimate(stage, matrices, base, 4, 32)
     assert plan.output_bytes == pytest.approx(written.bytes, rel=0.01)
     assert plan.base_bytes == base.bytes and plan.disk_bytes >= 2 * plan.output_bytes * 0.99
