@@ -92,7 +92,7 @@ def open_view(
     view: DequantizedCheckpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> LayerStream:
     """The layer loop over a checkpoint, whose inputs it rounds where the checkpoint's runtime does."""
-    stream = LayerStream(view, device, dtype, trust_remote_code)
+    stream = LayerStream(view.running_in(dtype), device, dtype, trust_remote_code)
     if not view.rounds_inputs:
         stream.inputs |= view.inputs
     stream.caches |= view.caches

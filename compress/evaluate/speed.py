@@ -11,7 +11,6 @@ from statistics import median
 import torch
 
 from compress.evaluate.stock import Request, Timing, ask
-from compress.evaluate.verify import torchao_dtype
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.model.arch import positions_of
@@ -51,7 +50,7 @@ def compare_speed(
     free = available(context.device, context.max_memory)
     if needed > free:
         return None, f"the base in bfloat16 needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
-    dtypes = [torch.bfloat16, torchao_dtype(DequantizedCheckpoint(result), torch.bfloat16)]
+    dtypes = [torch.bfloat16, DequantizedCheckpoint(result).runs_in(torch.bfloat16)]
     requests = [
         Request(str(folder), "cpu", str(dtype).removeprefix("torch."), [], [], context.trust_remote_code, timing)
         for folder, dtype in zip((base.folder, result.folder), dtypes, strict=True)

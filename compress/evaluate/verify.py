@@ -90,12 +90,11 @@ def stock_refusal(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, max_memory: int | None = None
 ) -> str | None:
     """Why the stock loader is not asked; None when it is."""
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method == "gptq":
-        return "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
     view = DequantizedCheckpoint(checkpoint)
-    own = torchao_dtype(view, dtype)
-    if method == "torchao" and own != dtype:
+    if view.stock is not None:
+        return view.stock
+    own = view.runs_in(dtype)
+    if own != dtype:
         return f"torchao's 4-bit weights run in {own} only, and this was computed in {dtype}; not asked"
     packed = {name for name in view.tensors if view.tensors[name].dtype == "I32"}
     elements = sum(
@@ -107,11 +106,6 @@ def stock_refusal(
     if needed > free:
         return f"the stock loader needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; not asked"
     return None
-
-
-def torchao_dtype(view: DequantizedCheckpoint, dtype: torch.dtype) -> torch.dtype:
-    """In what a torchao checkpoint runs that is asked for `dtype`: 4-bit weights in the dtype of their scales only."""
-    return next((grid.scale_dtype for grid in view.grids.values() if grid.bits == 4), dtype)
 
 
 def _elements(shape: tuple[int, ...], grid: Grid | None) -> int:

@@ -1,11 +1,13 @@
 """A quantized checkpoint read as if it were dense, whoever wrote it: names and weights of the model before packing.
 
-Widths and groups are told from the tensors' shapes, so that mixed ones work and config.json need not be trusted. Read
-are compressed-tensors `pack-quantized`, `int-quantized` and `float-quantized`, GPTQ (auto-gptq v1) and the schemes of
-torchao that are written here; anything else is refused by name.
+The config says what each module is and the tensors must bear it out: where they disagree, or say something that is not
+simulated here, the checkpoint is refused by name. Read are compressed-tensors `pack-quantized`, `int-quantized` and
+`float-quantized` (also mixed, with rounded inputs and caches), GPTQ (auto-gptq v1) and the schemes of torchao that are
+written here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,28 +15,35 @@ import torch
 from torch import Tensor
 
 from compress.errors import ModelError
-from compress.formats import gptq, torchao
-from compress.formats import pack_quantized as compressed_tensors
-from compress.formats import w8a8 as eight_bit
+from compress.formats import w8a8
+from compress.formats.base import Format, Scheme
+from compress.formats.facts import FACTS, READABLE
+from compress.formats.patterns import has_number, inside_layer
+from compress.formats.table import Lookup, lookup
+from compress.model.checkpoint import TensorInfo
 from compress.quant.grid import CacheFakeQuantize, FakeQuantize, Grid, dynamic_fake_quantize
-from compress.system.extras import torchao_problem
 
-_COMPRESSED_TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-_EIGHT_BIT = ("weight", "weight_scale", "input_scale")
-_GPTQ = ("qweight", "qzeros", "scales", "g_idx")
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_CACHE_PARTS = ("k_scale", "v_scale")
+# Parts of quantized modules in some format: a checkpoint that has them is not dense, whatever else it says.
+_QUANTIZED = (
+    "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_global_scale",
+    "weight_g_idx", "weight_shape", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
+    "output_zero_point", "q_scale", *_CACHE_PARTS, "k_zero_point", "v_zero_point", "qweight", "qzeros", "g_idx",
+    "_weight_qdata", "_weight_scale",
+)  # fmt: skip
 
 
 class _Checkpoint(Protocol):
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, Any]
+    tensors: dict[str, TensorInfo]
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]: ...
 
 
 class DequantizedCheckpoint:
-    """A checkpoint whose quantized matrices load as float32 weights; a dense checkpoint loads as it is.
+    """A checkpoint whose quantized matrices load as weights; a dense checkpoint loads as it is.
 
     Those of torchao load as its tensors, whose products are its own.
 
@@ -47,86 +56,139 @@ class DequantizedCheckpoint:
         inputs: how the inputs of quantized modules are rounded as the model runs, where they are.
         rounds_inputs: whether the loaded weights do that themselves.
         caches: how keys and values are rounded before they are kept, by attention module, where they are.
+        stock: why stock transformers is not asked about it; None where it is.
 
     Raises:
-        ModelError: a quantization that can't be read here.
+        ModelError: a quantization that can't be read here, or tensors that are not what the config says.
     """
 
     def __init__(self, checkpoint: _Checkpoint) -> None:
         self.folder = checkpoint.folder
         self._checkpoint = checkpoint
+        self._dtype = torch.float32
         config = checkpoint.config.get("quantization_config") or {}
         if not isinstance(config, dict):
             raise ModelError(
                 f"{self.folder}: quantization_config is no mapping ({config!r:.40}); download the model again"
             )
-        method = config.get("quant_method")
-        layout = config.get("format")
-        reader = "eight-bit" if layout in eight_bit.FORMATS and method == "compressed-tensors" else method
-        if method == "torchao":
-            reader = self._torchao(config)
-        packed, parts, describe, self._dequantize = _READERS.get(reader, _READERS[None])
-        if reader not in _READERS or layout not in _FORMATS:
-            raise ModelError(
-                f"{self.folder}: quantized as {method}, format {layout}, which can't be read here; "
-                "readable are compressed-tensors pack-quantized, int-quantized, float-quantized, gptq and torchao"
-            )
-        if method == "gptq" and config.get("checkpoint_format", "gptq") != "gptq":
-            raise ModelError(f"{self.folder}: checkpoint_format {config['checkpoint_format']} can't be read; only gptq")
+        try:
+            find, schemes = lookup(config)
+        except ModelError as error:
+            raise ModelError(f"{self.folder}: {error}") from None
+        self._dense = schemes is not None and schemes.dense
         self.grids: dict[str, Grid] = {}
-        self.tensors: dict[str, Any] = {}
-        shape_names = [name for name in checkpoint.tensors if packed and name.endswith(".weight_shape")]
-        shapes = {n.rpartition(".")[0]: t.tolist() for n, t in checkpoint.load(shape_names).items()}
-        self._parts = parts
-        for name, info in checkpoint.tensors.items():
-            module, _, last = name.rpartition(".")
-            infos = {part: checkpoint.tensors.get(f"{module}.{part}") for part in parts}
-            if not packed or infos[packed] is None:
-                self.tensors[name] = info
-            elif last == packed:
-                try:
-                    self.grids[module] = describe(infos, shapes.get(module, ()))
-                except ModelError as error:
-                    raise ModelError(f"{self.folder}: {module} {error}") from None
-                self.tensors[f"{module}.weight"] = infos.get("weight", info)
-            elif last not in parts:
-                self.tensors[name] = info
-        self._find_rounding(config if reader == "eight-bit" else {})
-        self.rounds_inputs = method == "torchao"
-        if self.rounds_inputs:
-            self.inputs |= {module: dynamic_fake_quantize(grid) for module, grid in self.grids.items()}
-
-    def _torchao(self, config: Mapping[str, Any]) -> str:
-        problem = torchao_problem()
-        bits = None if problem else torchao.bits_of(config)
-        if bits is None:
-            raise ModelError(
-                f"{self.folder}: quantized as torchao; "
-                f"{problem or 'readable are dynamic int8 with a scale per row and symmetric 4 bits'}"
-            )
-        return f"torchao {bits}"
-
-    def _find_rounding(self, config: Mapping[str, Any]) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._formats: dict[str, Format] = {}
+        self._schemes: dict[str, Scheme] = {}
+        self._left: dict[str, list[str]] = {}  # parts of quantized modules that no one has asked for yet
+        self._find_modules(find)
+        if config and not self.grids:
+            raise ModelError(f"{self.folder}: config.json says quantized, no tensor is; get both from the same place")
+        self._check_alike(find)
+        used = {each.name: each for each in self._formats.values()}.values()
+        self.rounds_inputs = any(each.rounds_inputs for each in used)
+        self.stock = next((stock for each in used if (stock := FACTS[each.name].stock)), None)
         self.inputs: dict[str, FakeQuantize] = {}
         self.caches: dict[str, CacheFakeQuantize] = {}
-        ends = (".input_scale", ".k_scale", ".v_scale")
-        scales = self._checkpoint.load(n for n in self._checkpoint.tensors if config and n.endswith(ends))
-        for module in self.grids if config else ():
-            rounding = eight_bit.activation_fake_quantize(config, module, scales.get(f"{module}.input_scale"))
+        if self.rounds_inputs:
+            self.inputs = {module: dynamic_fake_quantize(grid) for module, grid in self.grids.items()}
+        elif schemes is not None:
+            self._find_rounding(schemes.cache)
+        for module, parts in self._left.items():
+            raise self._error(module, f"has {', '.join(sorted(parts))}, which config.json does not account for")
+
+    def _error(self, module: str, words: object) -> ModelError:
+        return ModelError(f"{self.folder}: {module} {words}")
+
+    def _find_modules(self, find: Lookup) -> None:
+        """Sort all tensors: parts of quantized modules, and those of the model."""
+        modules: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self._checkpoint.tensors.items():
+            module, _, part = name.rpartition(".")
+            modules.setdefault(module, {})[part] = info
+        shape_names = [f"{module}.weight_shape" for module, infos in modules.items() if "weight_shape" in infos]
+        shapes = {name: tensor.tolist() for name, tensor in self._checkpoint.load(shape_names).items()}
+        for module, infos in modules.items():
+            rest = dict(infos)
+            found = find(module)
+            if found is not None and found[0].parts[0] in infos:
+                form, scheme = found
+                try:
+                    self.grids[module] = form.describe(infos, shapes.get(f"{module}.weight_shape", ()), scheme)
+                except ModelError as error:
+                    raise self._error(module, error) from None
+                self._formats[module], self._schemes[module] = form, scheme
+                rest = {part: info for part, info in infos.items() if part not in form.parts}
+                self.tensors[f"{module}.weight"] = infos.get("weight", infos[form.parts[0]])
+            for part, info in rest.items():
+                if part in _QUANTIZED:
+                    self._left.setdefault(module, []).append(part)
+                elif part == "weight" and info.dtype not in _FLOATS:
+                    raise self._error(
+                        module, f"is stored as {info.dtype}, which config.json does not account for; {READABLE}"
+                    )
+                else:
+                    self.tensors[f"{module}.{part}" if module else part] = info
+
+    def _check_alike(self, find: Lookup) -> None:
+        """Refuse dense weights where the config and the other layers have quantized ones."""
+        kinds = {inside_layer(module) for module in self.grids if has_number(module)}
+        for name in self.tensors:
+            module, _, part = name.rpartition(".")
+            dense = part == "weight" and module not in self.grids and has_number(module)
+            if dense and inside_layer(module) in kinds and find(module) is not None:
+                raise self._error(module, "is dense, config.json says quantized; get both from the same place")
+
+    def _take(self, module: str, part: str) -> str | None:
+        """The name of a part that is accounted for from here on, if it is there."""
+        if part not in self._left.get(module, ()):
+            return None
+        self._left[module].remove(part)
+        if not self._left[module]:
+            del self._left[module]
+        return f"{module}.{part}"
+
+    def _find_rounding(self, cache: Scheme | None) -> None:
+        """How inputs and caches are rounded, from the scales in the files."""
+        names = {module: self._take(module, "input_scale") for module in self.grids}
+        scales = self._checkpoint.load(name for name in names.values() if name)
+        for module, name in names.items():
+            try:
+                rounding = w8a8.input_rounding(self._schemes[module], scales[name] if name else None)
+            except ModelError as error:
+                raise self._error(module, error) from None
             if rounding is not None:
                 self.inputs[module] = rounding
-        if config.get("kv_cache_scheme"):
-            for module in (name.removesuffix(".k_scale") for name in scales if name.endswith(".k_scale")):
-                keys, values = (FakeQuantize(True, scales[f"{module}.{part}_scale"].float()) for part in "kv")
-                self.caches[module] = CacheFakeQuantize(keys, values)
+        if cache is None:
+            return
+        attentions = [module for module, parts in self._left.items() if set(_CACHE_PARTS) & set(parts)]
+        layers = {inside[0] for name in self.tensors if (inside := _layer(name))}
+        if {inside[0] for module in attentions if (inside := _layer(module))} != layers:
+            raise ModelError(f"{self.folder}: kv_cache_scheme without k_scale and v_scale in each layer; get all files")
+        for module in attentions:
+            both = [self._take(module, part) for part in _CACHE_PARTS]
+            if None in both:
+                raise self._error(module, "has one of k_scale and v_scale; get the files again")
+            loaded = self._checkpoint.load(name for name in both if name)
+            self.caches[module] = w8a8.cache_rounding(cache, *loaded.values())
+
+    def running_in(self, dtype: torch.dtype) -> "DequantizedCheckpoint":
+        """The same checkpoint, as loaders have it that are asked for this dtype: scales become it before products."""
+        view = copy.copy(self)
+        view._dtype = dtype
+        return view
+
+    def runs_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which stock transformers runs it where this one is asked for."""
+        wanted = (self._formats[module].runs_in(grid, dtype) for module, grid in self.grids.items())
+        return next((each for each in wanted if each != dtype), dtype)
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Weights by their dense names; quantized ones are float32 [O, I]."""
-        wanted = list(names)
+        """Weights by their dense names; quantized ones are [O, I] in the dtype of `running_in` (at first float32)."""
         sources: dict[str, list[str]] = {}
-        for name in wanted:
+        for name in names:
             module = name.removesuffix(".weight")
-            stored = [f"{module}.{part}" for part in self._parts] if module in self.grids else [name]
+            stored = [f"{module}.{part}" for part in self._formats[module].parts] if module in self.grids else [name]
             sources[name] = [s for s in stored if s in self._checkpoint.tensors]
         raw = self._checkpoint.load([s for stored in sources.values() for s in stored], device)
         loaded = {}
@@ -134,82 +196,12 @@ class DequantizedCheckpoint:
             module = name.removesuffix(".weight")
             if module in self.grids:
                 local = {s.removeprefix(f"{module}."): raw.pop(s) for s in stored}
-                loaded[name] = self._dequantize(local, self.grids[module])
+                loaded[name] = self._formats[module].load(local, self.grids[module], self._dtype, self._dense)
             else:
                 loaded[name] = raw.pop(name)
         return loaded
 
 
-def _describe_compressed(infos: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    packed, scale = infos["weight_packed"], infos["weight_scale"]
-    if infos["weight_g_idx"] is not None:
-        raise ModelError("stores an activation order (weight_g_idx), which can't be read here")
-    if scale is None or not shape:
-        raise ModelError(f"has no {'weight_shape' if scale is not None else 'weight_scale'}; get the files again")
-    (rows, columns), groups = shape, scale.shape[1]
-    bits = packed.shape[1] * 32 // columns
-    if packed.shape != (rows, -(-columns * bits // 32)):
-        raise ModelError(f"weight_packed of shape {list(packed.shape)} does not hold [{rows}, {columns}] without gaps")
-    if scale.shape[0] != rows or columns % groups:
-        raise ModelError(f"weight_scale of shape {list(scale.shape)} does not fit [{rows}, {columns}]")
-    size = -1 if groups == 1 else columns // groups
-    return Grid(bits, size, infos["weight_zero_point"] is None, _DTYPES[scale.dtype])
-
-
-def _describe_eight_bit(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
-    weight, scale = infos["weight"], infos["weight_scale"]
-    if weight is None or weight.dtype not in ("I8", "F8_E4M3"):
-        raise ModelError("has a weight_scale but no weight of 8 bits; get the files again")
-    return eight_bit.grid_of(weight.dtype, weight.shape[0], scale.shape, _DTYPES[scale.dtype])
-
-
-def _describe_gptq(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
-    columns = infos["g_idx"].shape[0]
-    groups = infos["scales"].shape[0]
-    bits = infos["qweight"].shape[0] * 32 // columns
-    return Grid(bits, -1 if groups == 1 else columns // groups, False, torch.float16, zero_minimum=1)
-
-
-def _describe_torchao(bits: int) -> Callable[[Mapping[str, Any], Sequence[int]], Grid]:
-    def describe(infos: Mapping[str, Any], _: Sequence[int]) -> Grid:
-        codes, scale = infos["_weight_qdata"], infos["_weight_scale"]
-        if scale is None or scale.shape[0] != codes.shape[0] or codes.shape[1] % scale.shape[1]:
-            raise ModelError("has no _weight_scale that fits its _weight_qdata; get the files again")
-        groups = scale.shape[1]
-        size = -1 if groups == 1 else codes.shape[1] // groups
-        return Grid(bits, size, True, _DTYPES[scale.dtype], signed_scale=False)
-
-    return describe
-
-
-def _load_torchao(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    return torchao.weight(torchao.unpack(tensors, grid), grid.scale_dtype)
-
-
-def _dequantize_compressed(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    return compressed_tensors.unpack(tensors, grid).dequantize()
-
-
-def _dequantize_eight_bit(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    return eight_bit.unpack(tensors, grid).dequantize()
-
-
-def _dequantize_gptq(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    return gptq.dequantize(tensors, grid.bits)
-
-
-_Reader = tuple[
-    str,
-    tuple[str, ...],
-    Callable[[Mapping[str, Any], Sequence[int]], Grid],
-    Callable[[Mapping[str, Tensor], Grid], Tensor],
-]
-_READERS: dict[str | None, _Reader] = {
-    None: ("", (), _describe_gptq, _dequantize_gptq),
-    "compressed-tensors": ("weight_packed", _COMPRESSED_TENSORS, _describe_compressed, _dequantize_compressed),
-    "eight-bit": ("weight_scale", _EIGHT_BIT, _describe_eight_bit, _dequantize_eight_bit),
-    "gptq": ("qweight", _GPTQ, _describe_gptq, _dequantize_gptq),
-    "torchao 8": (torchao.PARTS[0], torchao.PARTS, _describe_torchao(8), _load_torchao),
-    "torchao 4": (torchao.PARTS[0], torchao.PARTS, _describe_torchao(4), _load_torchao),
-}
-_FORMATS = (None, "pack-quantized", "gptq", *eight_bit.FORMATS)
+def _layer(name: str) -> tuple[str, ...]:
+    """The first number in a module's name, where it has one."""
+    return tuple(part for part in name.split(".") if part.isdigit())[:1]

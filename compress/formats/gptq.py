@@ -5,29 +5,36 @@ packed along the inputs, zero points along the outputs and less one, which is wh
 zero points at 1 (`zero_minimum`). `g_idx`, the group of every input, is always written.
 
 Left out: gptq_v2 (zero points as they are; few loaders know it) and a permuted `g_idx` when writing. `dequantize`
-reads a permuted one.
+reads a permuted one, and a file without any, whose groups lie in order.
 
 What loaders make of it. GPTQModel opens every width, per-module schemes and a quantized head; asymmetric v1 files only
 from a producer that it knows to keep zero points above 0, hence the second entry of `meta.quantizer`. transformers
 with optimum opens one scheme for the decoder layers, and takes a quantized head for a missing one, which it fills with
-random weights. vLLM matches `dynamic` against the names of its fused modules, so that a model with several schemes
-for vLLM is better off in the compressed-tensors format. Negative scales are plain numbers to all of them; only vLLM's
+random weights. vLLM matches `dynamic` against the names of the modules that it joins, for which rules are written where
+all parts agree. ONNX Runtime GenAI matches it against names of tensors, for which patterns are open at their end.
+Negative scales are plain numbers to all of them; only vLLM's
 optional int8 activations (`VLLM_MARLIN_INPUT_DTYPE=int8`) misread them.
 """
 
+import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from compress import __version__
 from compress.errors import ModelError
+from compress.formats.base import DTYPES, Format, Infos, Scheme
+from compress.formats.facts import GPTQ
+from compress.formats.openers import JOINED
 from compress.formats.packing import pack_rows, unpack_rows
-from compress.formats.patterns import has_number, inside_layer, select
+from compress.formats.patterns import also_called, has_number, inside_layer, select
 from compress.quant.grid import Grid, Quantized
 
+_Kind = tuple[int, int, bool]  # bits, group_size, symmetric
 _ALIGNMENT = 32  # codes in whole words, for every width
 
 
@@ -81,9 +88,13 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
     return Quantized(codes=codes, scale=scale, zero=zero.to(torch.uint8), grid=grid)
 
 
-def dequantize(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+def dequantize(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
     """The float32 weight [O, I] of any v1 file, also with a permuted `g_idx`: (code - zero) * scale of the group."""
-    codes, zero = _codes_and_zero(tensors, bits)
+    if "g_idx" not in tensors:
+        columns = tensors["qweight"].shape[0] * 32 // grid.bits
+        width = grid.columns_per_group(columns)
+        tensors = {**tensors, "g_idx": torch.arange(columns, device=tensors["qweight"].device) // width}
+    codes, zero = _codes_and_zero(tensors, grid.bits)
     group = tensors["g_idx"].long()
     scale = tensors["scales"].t().float()
     return (codes.float() - zero.float()[:, group]) * scale[:, group]
@@ -97,6 +108,45 @@ def _codes_and_zero(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, T
     return codes, zero.contiguous()
 
 
+def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
+    """What a config says of a module, with the first of its `dynamic` rules that matches; None: it stays dense."""
+    names = also_called(module)
+    for rule, changes in (config.get("dynamic") or {}).items():
+        if any(re.match(rule.removeprefix("+:").removeprefix("-:"), name) for name in names):
+            return None if rule.startswith("-:") else {**config, **changes}
+    return config
+
+
+def describe(infos: Infos, _: Sequence[int], scheme: Scheme) -> Grid:
+    """The grid of a module in a file.
+
+    Args:
+        infos: headers of its tensors, by their names inside the module.
+        scheme: what the config says of it.
+
+    Raises:
+        ModelError: tensors that don't fit each other or the scheme, as a predicate.
+    """
+    missing = [part for part in ("qzeros", "scales") if part not in infos]
+    if missing:
+        raise ModelError(f"has no {missing[0]}; get the files again")
+    words, (groups, rows), order = infos["qweight"].shape[0], infos["scales"].shape, infos.get("g_idx")
+    said, size = scheme.get("bits"), scheme.get("group_size", -1)
+    if order is None and (scheme.get("desc_act") or not isinstance(said, int)):
+        raise ModelError("has no g_idx, without which its activation order (desc_act) is lost; get the files again")
+    columns = words * 32 // int(said or 1) if order is None else order.shape[0]
+    bits = words * 32 // columns
+    width = columns if size in (None, -1) else size
+    if said not in (None, bits) or groups != -(-columns // width):
+        raise ModelError(
+            f"holds {bits} bits in {groups} groups of {columns} inputs, config.json says {said} bits, group_size "
+            f"{size}; get both from the same place"
+        )
+    if infos["qzeros"].shape != (groups, rows * bits // 32) or infos["scales"].dtype not in DTYPES:
+        raise ModelError(f"qzeros of shape {list(infos['qzeros'].shape)} do not fit {groups} groups of {rows} outputs")
+    return Grid(bits, -1 if groups == 1 else width, False, torch.float16, zero_minimum=1)
+
+
 def quantization_config(grids: Mapping[str, Grid], unquantized: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json, and the content of `quantize_config.json` for older loaders.
 
@@ -107,16 +157,17 @@ def quantization_config(grids: Mapping[str, Grid], unquantized: Sequence[str]) -
         grids: the grid of every quantized module, by its full name.
         unquantized: full names of the Linear modules that keep their weights.
     """
-    everything = [*grids, *unquantized]
     schemes = {name: (grid.bits, grid.group_size, grid.symmetric) for name, grid in grids.items()}
     common = Counter(schemes.values()).most_common(1)[0][0]
-    rules: dict[str, dict[str, Any]] = {}
-    for scheme in dict.fromkeys(schemes.values()):
-        if scheme != common:
-            names = [name for name in grids if schemes[name] == scheme]
-            rules |= {f"+:{pattern}": _scheme(scheme) for pattern in select(names, everything)}
     skipped = [name for name in unquantized if has_number(name)]
-    rules |= {f"-:{pattern}": {} for pattern in select(skipped, everything)}
+    by_name: dict[str, _Kind | None] = _with_joined(schemes | dict.fromkeys(skipped))
+    everything = [*by_name, *unquantized]
+    rules: dict[str, dict[str, Any]] = {}
+    for scheme in [*dict.fromkeys(schemes.values()), None]:
+        if scheme != common:
+            names = [name for name in by_name if by_name[name] == scheme]
+            sign, change = ("-:", {}) if scheme is None else ("+:", _scheme(scheme))
+            rules |= {sign + _open(pattern, everything): change for pattern in select(names, everything)}
     config = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -133,7 +184,28 @@ def quantization_config(grids: Mapping[str, Grid], unquantized: Sequence[str]) -
     return config
 
 
-def _scheme(scheme: tuple[int, int, bool]) -> dict[str, Any]:
+_Choice = TypeVar("_Choice")
+
+
+def _with_joined(choices: Mapping[str, _Choice]) -> dict[str, _Choice]:
+    """Choices by module, with those of the modules that vLLM makes of several, where all of its parts agree."""
+    joined = dict(choices)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in choices):
+        for whole, parts in JOINED.items():
+            found = [choices[name] for part in parts if (name := f"{parent}.{part}") in choices]
+            if len(found) == len(parts) and len(set(found)) == 1:
+                joined.setdefault(f"{parent}.{whole}", found[0])
+    return joined
+
+
+def _open(pattern: str, everything: Iterable[str]) -> str:
+    """A pattern without the `$` at its end, where it matches no more modules so."""
+    shorter = pattern.removesuffix("$")
+    more = any(re.match(shorter, name) and not re.match(pattern, name) for name in everything)
+    return pattern if more else shorter
+
+
+def _scheme(scheme: _Kind) -> dict[str, Any]:
     bits, group_size, symmetric = scheme
     return {"bits": bits, "group_size": group_size, "sym": symmetric}
 
@@ -150,3 +222,26 @@ def _parts_of_every_layer(grids: Mapping[str, Grid], skipped: Sequence[str]) -> 
     """Names inside a layer that are quantized in all layers, for optimum; none when layers differ."""
     kept = list(dict.fromkeys(inside_layer(name) for name in grids))
     return [] if any(inside_layer(name) in kept for name in skipped) else kept
+
+
+def _problems(shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid], _: Sequence[str]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        problem = check(shape, grids[name])
+        if problem is not None:
+            found.setdefault(problem, []).append(name)
+    return [f"{names[0]} ({len(names)} such layers): {problem}" for problem, names in found.items()]
+
+
+FORMAT = Format(
+    name=GPTQ,
+    parts=("qweight", "qzeros", "scales", "g_idx"),
+    pack=pack,
+    unpack=unpack,
+    describe=describe,
+    config=lambda grids, unquantized, embeddings, inputs, cache: quantization_config(grids, unquantized),
+    zero_minimum=1,
+    problems=_problems,
+    extra_files=lambda config: {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
+    read=lambda tensors, grid, dtype: dequantize(tensors, grid).to(dtype),
+)

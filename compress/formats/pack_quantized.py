@@ -23,11 +23,14 @@ import compressed_tensors
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
+from compress.formats.base import DTYPES, Format, Infos, Scheme, loaded
+from compress.formats.facts import PACK_QUANTIZED
 from compress.formats.packing import pack_rows, unpack_rows
-from compress.formats.patterns import select
+from compress.formats.patterns import has_number, select
 from compress.quant.grid import Grid, Quantized
 
-Scheme = tuple[int, int, bool]  # bits, group_size, symmetric
+_Kind = tuple[int, int, bool]  # bits, group_size, symmetric
 
 
 def pack(matrix: Quantized) -> dict[str, Tensor]:
@@ -61,6 +64,41 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
     return Quantized(codes=codes, scale=scale, zero=zero, grid=grid)
 
 
+def describe(infos: Infos, shape: Sequence[int], scheme: Scheme) -> Grid:
+    """The grid of a module in a file.
+
+    Args:
+        infos: headers of its tensors, by their names inside the module.
+        shape: (O, I), what its weight_shape holds; empty without one.
+        scheme: what the config says of it.
+
+    Raises:
+        ModelError: tensors that don't fit each other or the scheme, as a predicate.
+    """
+    packed, scale = infos["weight_packed"], infos.get("weight_scale")
+    if "weight_g_idx" in infos:
+        raise ModelError("stores an activation order (weight_g_idx), which can't be read here")
+    if scale is None or not shape:
+        raise ModelError(f"has no {'weight_shape' if scale is not None else 'weight_scale'}; get the files again")
+    rows, columns = shape
+    bits = packed.shape[1] * 32 // columns
+    if packed.dtype != "I32" or packed.shape != (rows, -(-columns * bits // 32)):
+        raise ModelError(f"weight_packed of shape {list(packed.shape)} does not hold [{rows}, {columns}] without gaps")
+    if len(scale.shape) != 2 or scale.shape[0] != rows or columns % scale.shape[1] or scale.dtype not in DTYPES:
+        raise ModelError(f"weight_scale of shape {list(scale.shape)} does not fit [{rows}, {columns}]")
+    groups = scale.shape[1]
+    grid = Grid(bits, -1 if groups == 1 else columns // groups, "weight_zero_point" not in infos, DTYPES[scale.dtype])
+    weights = scheme["weights"]
+    width = columns if weights.get("group_size") in (None, -1) else weights["group_size"]
+    said = (weights.get("num_bits", 8), columns // width, weights.get("symmetric", True))
+    if said != (bits, groups, grid.symmetric):
+        raise ModelError(
+            f"holds {_describe((bits, grid.group_size, grid.symmetric))}, config.json says "
+            f"{_describe((said[0], -1 if width == columns else width, said[2]))}; get both from the same place"
+        )
+    return grid
+
+
 def check(grids: Mapping[str, Grid], embeddings: Collection[str] = ()) -> str | None:
     """Why transformers could not open a checkpoint with these modules, in one line; None when it can.
 
@@ -84,8 +122,9 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
-    One scheme for every quantized Linear is written the usual way, the class `Linear` minus `ignore`. Several schemes
-    select modules by their names and never by class, because vLLM looks at a fused module's class before its parts.
+    One scheme for every quantized Linear is written the usual way, the class `Linear` minus `ignore`, and an output
+    head by its name too, since vLLM's has another class. Several schemes select modules by their names and never by
+    class, because vLLM looks at a fused module's class before its parts.
 
     Args:
         grids: the grid of every quantized module, by its full name.
@@ -100,7 +139,7 @@ def quantization_config(
         targets = []
         if linears and linears <= set(names):
             targets = ["Linear"]
-            by_name = [name for name in names if name in embeddings]
+            by_name = [name for name in names if name in embeddings or not has_number(name)]
         groups[f"group_{index}"] = {
             "targets": targets + [f"re:{pattern}" for pattern in select(by_name, everything)],
             "weights": _weights(scheme),
@@ -123,8 +162,8 @@ def quantization_config(
     return config
 
 
-def _members(grids: Mapping[str, Grid]) -> dict[Scheme, list[str]]:
-    members: dict[Scheme, list[str]] = {}
+def _members(grids: Mapping[str, Grid]) -> dict[_Kind, list[str]]:
+    members: dict[_Kind, list[str]] = {}
     for name, grid in grids.items():
         members.setdefault((grid.bits, grid.group_size, grid.symmetric), []).append(name)
     return members
@@ -134,7 +173,7 @@ def _needs_dequantize(grids: Mapping[str, Grid], embeddings: Collection[str]) ->
     return bool(embeddings) or not all(grid.symmetric for grid in grids.values())
 
 
-def _weights(scheme: Scheme) -> dict[str, Any]:
+def _weights(scheme: _Kind) -> dict[str, Any]:
     bits, group_size, symmetric = scheme
     return {
         "num_bits": bits,
@@ -146,6 +185,24 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _describe(scheme: Scheme) -> str:
+def _describe(scheme: _Kind) -> str:
     bits, group_size, symmetric = scheme
     return f"{bits} bits, group {group_size}, {'symmetric' if symmetric else 'asymmetric'}"
+
+
+def _problems(shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid], embeddings: Sequence[str]) -> list[str]:
+    problem = check(grids, embeddings)
+    return [] if problem is None else [problem]
+
+
+FORMAT = Format(
+    name=PACK_QUANTIZED,
+    parts=("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    pack=pack,
+    unpack=unpack,
+    describe=describe,
+    config=lambda grids, unquantized, embeddings, inputs, cache: quantization_config(grids, unquantized, embeddings),
+    problems=_problems,
+    dense=_needs_dequantize,
+    weight=loaded,
+)

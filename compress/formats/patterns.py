@@ -6,6 +6,11 @@ from collections.abc import Iterable
 _NUMBER = re.compile(r"(?:(?<=\.)|^)(\d+)(?=\.|$)")  # a whole component of a module's name, such as a layer's index
 
 
+def also_called(module: str) -> list[str]:
+    """A module's name in the files, and in the model where that is another: an output head has one of its own there."""
+    return [module, "lm_head"] if module == "embed_out" else [module]
+
+
 def has_number(name: str) -> bool:
     """Whether a module lies inside a numbered list (the decoder layers), which an output head does not."""
     return _NUMBER.search(name) is not None

@@ -1,115 +1,65 @@
-"""The formats by the name that a recipe gives them; compressed-tensors with rounded inputs is `8-bit`."""
+"""The formats by name, and how the one of a checkpoint is found."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from compress.errors import ModelError
+from compress.formats import gptq, pack_quantized, torchao, w8a8
+from compress.formats.base import Format, Scheme
+from compress.formats.facts import READABLE
+from compress.formats.schemes import Schemes
+from compress.system.extras import torchao_problem
 
-from compress.formats import gptq, torchao
-from compress.formats import pack_quantized as compressed_tensors
-from compress.formats import w8a8 as eight_bit
-from compress.quant.grid import FakeQuantize, Grid, Quantized
+FORMATS = {each.name: each for each in (pack_quantized.FORMAT, w8a8.INT, w8a8.FLOAT, gptq.FORMAT, torchao.FORMAT)}
 
-Grids = Mapping[str, Grid]
-Shapes = Mapping[str, tuple[int, int]]
-Inputs = Mapping[str, FakeQuantize]
+Lookup = Callable[[str], tuple[Format, Scheme] | None]
 
 
-@dataclass(frozen=True)
-class Format:
-    """What the quantize stage needs to know of a checkpoint format.
+def lookup(config: Mapping[str, Any]) -> tuple[Lookup, Schemes | None]:
+    """How to find the format of a module and what the config says of it; None where it keeps its weights.
 
     Args:
-        parts: names of a module's tensors, inside the module.
-        zero_minimum: smallest zero point that it can hold.
-        scale_dtype: dtype of its scales for weights stored in a given dtype.
-        pack: tensors of a matrix.
-        unpack: the matrix of these tensors.
-        config: `quantization_config` for grids, unquantized linears, the embeddings among the grids, how inputs are
-            rounded, and what shares a scale in the cache (None without scales).
-        problems: why it can't hold these matrices, a line each.
-        extra_files: further files beside config.json, by name, from the `quantization_config`.
-        metadata: what goes into every file's header, from the grids and the shapes of all tensors.
-        weight: what a linear runs with, for the dtype of the forward passes.
-        rounds_inputs: whether that weight rounds the inputs itself.
+        config: the `quantization_config`; empty for a dense checkpoint.
+
+    Returns:
+        The function, and the schemes of compressed-tensors where it is that.
+
+    Raises:
+        ModelError: a quantization that can't be read here, as a predicate.
     """
+    method = config.get("quant_method")
+    if not config:
+        return lambda module: None, None
+    if method == "compressed-tensors":
+        schemes = Schemes(config)
 
-    parts: tuple[str, ...]
-    zero_minimum: int
-    scale_dtype: Callable[[torch.dtype], torch.dtype]
-    pack: Callable[[Quantized], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Grid], Quantized]
-    config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, str | None], dict[str, Any]]
-    problems: Callable[[Shapes, Grids, Sequence[str]], list[str]]
-    extra_files: Callable[[dict[str, Any]], dict[str, str]]
-    metadata: Callable[[Grids, Mapping[str, Sequence[int]]], dict[str, str]] = lambda grids, shapes: {}
-    weight: Callable[[Quantized, torch.dtype], Tensor] = Quantized.dequantize
-    rounds_inputs: bool = False
+        def find(module: str) -> tuple[Format, Scheme] | None:
+            scheme = schemes.of(module)
+            return None if scheme is None else (FORMATS[schemes.layout(scheme)], scheme)
 
-
-def _compressed_problems(shapes: Shapes, grids: Grids, embeddings: Sequence[str]) -> list[str]:
-    problem = compressed_tensors.check(grids, embeddings)
-    return [] if problem is None else [problem]
-
-
-def _gptq_problems(shapes: Shapes, grids: Grids, embeddings: Sequence[str]) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for name, shape in shapes.items():
-        problem = gptq.check(shape, grids[name])
-        if problem is not None:
-            found.setdefault(problem, []).append(name)
-    return [f"{names[0]} ({len(names)} such layers): {problem}" for problem, names in found.items()]
+        return find, schemes
+    if method == "gptq":
+        return _gptq(config), None
+    if method == "torchao":
+        problem = torchao_problem()
+        bits = None if problem else torchao.bits_of(config)
+        if bits is None:
+            why = problem or "readable are dynamic int8 with a scale per row and symmetric 4 bits"
+            raise ModelError(f"quantized as torchao; {why}")
+        kept = config.get("modules_to_not_convert") or []
+        return lambda module: None if module in kept else (torchao.FORMAT, {"bits": bits}), None
+    raise ModelError(f"quantized as {method}, which can't be read here; {READABLE}")
 
 
-FORMATS = {
-    "compressed-tensors": Format(
-        parts=("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
-        zero_minimum=0,
-        scale_dtype=lambda stored: stored,
-        pack=compressed_tensors.pack,
-        unpack=compressed_tensors.unpack,
-        config=lambda grids, unquantized, embeddings, inputs, cache: compressed_tensors.quantization_config(
-            grids, unquantized, embeddings
-        ),
-        problems=_compressed_problems,
-        extra_files=lambda config: {},
-    ),
-    "8-bit": Format(
-        parts=("weight", "weight_scale"),
-        zero_minimum=0,
-        scale_dtype=lambda stored: stored,
-        pack=eight_bit.pack,
-        unpack=eight_bit.unpack,
-        config=lambda grids, unquantized, embeddings, inputs, cache: eight_bit.quantization_config(
-            grids, inputs, unquantized, cache
-        ),
-        problems=lambda shapes, grids, embeddings: [],
-        extra_files=lambda config: {},
-    ),
-    "torchao": Format(
-        parts=torchao.PARTS,
-        zero_minimum=0,
-        scale_dtype=lambda stored: stored,
-        pack=torchao.pack,
-        unpack=torchao.unpack,
-        config=lambda grids, unquantized, embeddings, inputs, cache: torchao.quantization_config(grids, unquantized),
-        problems=lambda shapes, grids, embeddings: [],
-        extra_files=lambda config: {},
-        metadata=torchao.metadata,
-        weight=torchao.weight,
-        rounds_inputs=True,
-    ),
-    "gptq": Format(
-        parts=("qweight", "qzeros", "scales", "g_idx"),
-        zero_minimum=1,
-        scale_dtype=lambda stored: torch.float16,
-        pack=gptq.pack,
-        unpack=gptq.unpack,
-        config=lambda grids, unquantized, embeddings, inputs, cache: gptq.quantization_config(grids, unquantized),
-        problems=_gptq_problems,
-        extra_files=lambda config: {"quantize_config.json": json.dumps(config, indent=2) + "\n"},
-    ),
-}
+def _gptq(config: Mapping[str, Any]) -> Lookup:
+    for key in ("checkpoint_format", "format"):
+        if config.get(key, "gptq") != "gptq":
+            raise ModelError(f"quantized as gptq, {key} {config[key]}, which can't be read here; only gptq")
+    if config.get("is_marlin_format"):
+        raise ModelError("quantized as gptq, is_marlin_format, which can't be read here")
+
+    def find(module: str) -> tuple[Format, Scheme] | None:
+        scheme = gptq.scheme_of(config, module)
+        return None if scheme is None else (gptq.FORMAT, scheme)
+
+    return find

@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
+from compress.formats.base import DTYPES, Format, Infos, Scheme
+from compress.formats.facts import TORCHAO
 from compress.quant.grid import Grid, Quantized
 
 PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
@@ -71,6 +74,24 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
     scale = tensors["_weight_scale"]
     codes = (tensors["_weight_qdata"].to(torch.int16) + grid.middle).to(torch.uint8)
     return Quantized(codes, scale, torch.full_like(scale, grid.middle, dtype=torch.uint8), grid)
+
+
+def describe(infos: Infos, _: Sequence[int], scheme: Scheme) -> Grid:
+    """The grid of a module in a file.
+
+    Args:
+        infos: headers of its tensors, by their names inside the module.
+        scheme: its `bits`.
+
+    Raises:
+        ModelError: tensors that don't fit each other, as a predicate.
+    """
+    codes, scale = infos[PARTS[0]], infos.get(PARTS[1])
+    if scale is None or scale.shape[0] != codes.shape[0] or codes.shape[1] % scale.shape[1]:
+        raise ModelError("has no _weight_scale that fits its _weight_qdata; get the files again")
+    groups = scale.shape[1]
+    size = -1 if groups == 1 else codes.shape[1] // groups
+    return Grid(scheme["bits"], size, True, DTYPES[scale.dtype], signed_scale=False)
 
 
 def metadata(grids: Mapping[str, Grid], shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -143,3 +164,18 @@ def bits_of(config: Mapping[str, Any]) -> int | None:
         if theirs.get("_type") == ours["_type"] and same:
             return bits
     return None
+
+
+FORMAT = Format(
+    name=TORCHAO,
+    parts=PARTS,
+    pack=pack,
+    unpack=unpack,
+    describe=describe,
+    config=lambda grids, unquantized, embeddings, inputs, cache: quantization_config(grids, unquantized),
+    metadata=metadata,
+    weight=lambda matrix, dtype, dense: weight(matrix, dtype),
+    read=lambda tensors, grid, dtype: weight(unpack(tensors, grid), grid.scale_dtype),
+    rounds_inputs=True,
+    runs_in=lambda grid, dtype: grid.scale_dtype if grid.bits == 4 else dtype,
+)

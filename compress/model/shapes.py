@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from compress.model.names import layers_prefix, says_tied
 
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 FLOATS = ("BF16", "F16", "F32")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class Shapes(Protocol):
@@ -93,6 +95,20 @@ def find_modules(checkpoint: Shapes) -> Modules:
     embeddings = family.embeddings if family else next((n for n in wide if "embed" in n or n.endswith("wte")), "")
     head = family.head if family else next((n for n in wide if n != embeddings), "lm_head")
     return Modules(layers, embeddings, head, linears)
+
+
+def model_dtype(checkpoint: Shapes) -> str:
+    """The dtype in which a dense checkpoint runs where nobody asks for another: BF16, F16 or F32.
+
+    It is what config.json says, as in transformers, or else what most of the decoder layers is stored in.
+    """
+    said = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch.")
+    if said in _DTYPES:
+        return _DTYPES[said]
+    stored: Counter[str] = Counter()
+    for name, (rows, columns) in find_modules(checkpoint).linears.items():
+        stored[checkpoint.tensors[f"{name}.weight"].dtype] += rows * columns
+    return stored.most_common(1)[0][0]
 
 
 def check_depth(checkpoint: Shapes) -> None:

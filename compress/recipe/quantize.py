@@ -123,8 +123,8 @@ class WeightOnlyStage(StageSpec):
 
     @property
     def layout(self) -> str:
-        """The format by the name that compress/formats/table.py gives it."""
-        return self.format
+        """The format by its library's own name."""
+        return "pack-quantized" if self.format == "compressed-tensors" else self.format
 
     @property
     def title(self) -> str:
@@ -264,8 +264,10 @@ class WeightActivationStage(StageSpec):
 
     @property
     def layout(self) -> str:
-        """The format by the name that compress/formats/table.py gives it."""
-        return "torchao" if self.format == "torchao" else "8-bit"
+        """The format by its library's own name."""
+        if self.format == "torchao":
+            return "torchao"
+        return "float-quantized" if self.dtype == "fp8" else "int-quantized"
 
     @property
     def calibrates(self) -> bool:

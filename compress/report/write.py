@@ -14,6 +14,7 @@ import jinja2
 import yaml
 
 from compress.errors import OutputError
+from compress.formats.openers import VLLM_BITS
 from compress.records import Report, Stage
 from compress.report import figures
 from compress.report.figures import speed_words, summary_table
@@ -22,7 +23,6 @@ from compress.system.units import count, size
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_VLLM_BITS = {4, 8}
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -54,7 +54,7 @@ def write_model_card(report: Report, folder: Path) -> None:
     """Writes README.md, a Hugging Face model card, into `folder`, which exists.
 
     `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here. vLLM is named for
-    what its kernels take: compressed-tensors of 4 or 8 bits without a quantized head or embeddings.
+    what its kernels take: compressed-tensors of 4 or 8 bits without quantized embeddings.
 
     Raises:
         OutputError: the file can't be written there.
@@ -63,7 +63,6 @@ def write_model_card(report: Report, folder: Path) -> None:
     stage = figures.quantized_stage(report)
     bits = {row.module.bits for row in figures.matrices(report)}
     spec = stage.spec if stage else {}
-    whole = not (spec.get("lm_head") or spec.get("embeddings"))
     card = _view(report) | {
         "front_matter": _yaml(_front_matter(report, stage, hub_base)),
         "method_words": _method_words(stage),
@@ -71,7 +70,7 @@ def write_model_card(report: Report, folder: Path) -> None:
         "base_name": _without_folders(report.base.model),
         "recipe_yaml": _yaml(_without_folders(report.recipe)),
         "path": f"path/to/{PurePath(report.compressed.path).name}",
-        "vllm": report.compressed.format == "compressed-tensors" and bits <= _VLLM_BITS and whole,
+        "vllm": report.compressed.format == "compressed-tensors" and bits <= VLLM_BITS and not spec.get("embeddings"),
     }
     _write(folder / "README.md", _environment().get_template("model_card.md.jinja").render(card))
 

@@ -16,6 +16,7 @@ from compress.evaluate.compare import CODE_VERSION, compare
 from compress.evaluate.speed import compare_speed
 from compress.evaluate.verify import verify_logits
 from compress.formats.dequantized import DequantizedCheckpoint
+from compress.formats.facts import facts_of
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import parameter_count
@@ -96,8 +97,9 @@ class Measurement:
         context = self.context
         if spec is None:
             return [], "evaluation is turned off"
-        if self.result.config.get("quantization_config", {}).get("quant_method") == "gptq":
-            return [], "transformers opens the gptq format with optimum and gptqmodel installed; not asked here"
+        stock = facts_of(self.result.config).stock
+        if stock is not None:
+            return [], stock
         needed = int(parameter_count(self.base) * context.dtype.itemsize * 1.3)
         free = available(context.device, context.max_memory)
         if needed > free:
@@ -117,7 +119,6 @@ class Measurement:
 
     def speed(self) -> tuple[records.Speed | None, str | None]:
         """How fast both run where the result's format is one that a CPU computes in integers; else nothing."""
-        method = self.result.config.get("quantization_config", {}).get("quant_method")
-        if method != "torchao" or self.context.device.type != "cpu":
+        if not facts_of(self.result.config).runs_on_cpu or self.context.device.type != "cpu":
             return None, None
         return compare_speed(self.base, self.result, self.key, self.context, self.cache, self.fresh)

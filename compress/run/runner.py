@@ -22,7 +22,7 @@ from compress.evaluate.verify import probe_of, probe_tokens
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import DIGESTS, identity
-from compress.model.shapes import check_vocabulary, parameter_count
+from compress.model.shapes import check_vocabulary, model_dtype, parameter_count
 from compress.model.source import lock_of, resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.load import load_recipe
@@ -284,7 +284,7 @@ class _Job:
         recipe, base = self.recipe, self.base
         device = pick_device(self.device, self.max_memory)
         tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
-        stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
+        stored = torch.float16 if model_dtype(base) == "F16" else torch.bfloat16
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
         cpu = f"{torch.get_num_threads()} CPU threads"

@@ -8,7 +8,7 @@ from compress.errors import ModelError
 from compress.model.arch import check_code, depth_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
-from compress.model.shapes import check_length, check_vocabulary
+from compress.model.shapes import check_length, check_vocabulary, model_dtype
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.records import Quality, read_record
@@ -56,7 +56,7 @@ def evaluate(
     for warning in tokens.warnings:
         reporter.warn(warning)
     check_vocabulary(original, int(tokens.tokens.max()))
-    dtype = pick_dtype(place, torch.bfloat16)
+    dtype = pick_dtype(place, torch.float16 if model_dtype(original) == "F16" else torch.bfloat16)
     probe = probe_tokens(original.folder, trust_remote_code)[None]
     context = Context(place, dtype, None, probe, reporter, trust_remote_code)
     make_writable(work)

@@ -34,8 +34,8 @@ from compress.quant import gptq as solver
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.statistics import Gram
 from compress.recipe.quantize import WeightOnlyStage
+from compress.stages.quantize import solve
 from compress.stages.quantize.run import run as stage
-from compress.stages.quantize.run import solve
 from compress.system.compute import pick_device
 from compress.system.progress import Reporter
 

@@ -48,7 +48,9 @@ def dequantized_twin(folder: Path) -> tuple[torch.nn.Module, int]:
         zero = codes_of(tensors[f"{module}.qzeros"], bits) + 1  # [G, O]
         state[f"{module}.weight"] = ((code - zero[group]).float() * scales[group]).t()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    missing, unexpected = model.load_state_dict({k: v.half() for k, v in state.items()}, strict=False)
+    known = model.state_dict()
+    names = {name: name if name in known else name.replace("embed_out.", "lm_head.") for name in state}  # gpt_neox
+    missing, unexpected = model.load_state_dict({names[k]: v.half() for k, v in state.items()}, strict=False)
     missing = [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]
     assert not missing and not unexpected, (missing, unexpected)
     return model.eval(), len(modules)

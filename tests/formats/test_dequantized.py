@@ -1,6 +1,7 @@
 """Quantized checkpoints read as dense ones: our own, those of other writers, and those that must be refused."""
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def gptq_folder(dense: Path, to: Path, order: bool, **config: Any) -> tuple[Path
     tensors |= {f"{module}.{n}": t for n, t in gptq_by_hand(codes, zero, scale, g_idx).items()}
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": order, **config}
+    quantization["dynamic"] = {rf"-:(?!{re.escape(module)}$)": {}}
     written = json.loads((dense / "config.json").read_text()) | {"quantization_config": quantization}
     (to / "config.json").write_text(json.dumps(written))
     return to, f"{module}.weight", ((codes - zero[g_idx]).float() * scale.float()[g_idx]).t()
@@ -168,6 +170,36 @@ def test_gptq_of_another_writer_also_with_an_activation_order(dense: Path, tmp_p
     assert torch.equal(view.load([name])[name], expected)
     assert set(view.tensors) == set(Checkpoint(dense).tensors)
     assert f"{LAYERS}self_attn.q_proj.bias" in view.tensors
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_gptq_without_a_group_index(dense: Path, tmp_path: Path, desc_act: bool) -> None:
+    """Some writers leave it out where groups lie in order; a lost order can't be guessed."""
+    folder, name, expected = gptq_folder(dense, tmp_path / "whole", order=False, desc_act=desc_act)
+    module = name.removesuffix(".weight")
+    without = changed(folder, tmp_path / "without", {f"{module}.g_idx": None})
+    if desc_act:
+        with pytest.raises(ModelError) as caught:
+            DequantizedCheckpoint(Checkpoint(without))
+        assert str(caught.value) == (
+            f"{without}: {module} has no g_idx, without which its activation order (desc_act) is lost; get the files "
+            "again"
+        )
+        return
+    view = DequantizedCheckpoint(Checkpoint(without))
+    assert torch.equal(view.load([name])[name], expected)
+
+
+@pytest.mark.parametrize(("key", "value"), [("bits", 8), ("group_size", 64), ("group_size", -1)])
+def test_gptq_tensors_that_are_not_what_the_config_says(dense: Path, tmp_path: Path, key: str, value: int) -> None:
+    folder, name, _ = gptq_folder(dense, tmp_path / "model", order=False, **{key: value})
+    said = {"bits": 4, "group_size": 32} | {key: value}
+    with pytest.raises(ModelError) as caught:
+        DequantizedCheckpoint(Checkpoint(folder))
+    assert str(caught.value) == (
+        f"{folder}: {name.removesuffix('.weight')} holds 4 bits in 2 groups of 64 inputs, config.json says "
+        f"{said['bits']} bits, group_size {said['group_size']}; get both from the same place"
+    )
 
 
 # ---- what is refused

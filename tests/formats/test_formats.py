@@ -114,7 +114,7 @@ def test_gptq_round_trip(bits: int, group_size: int, symmetric: bool, rows: int,
     matrix = random_matrix(rows, multiple * (group_size if group_size > 0 else 32), grid, seed=multiple)
     tensors = gptq.pack(matrix)
     assert_equal(gptq.unpack(tensors, grid), matrix)
-    assert torch.equal(gptq.dequantize(tensors, bits), matrix.dequantize())
+    assert torch.equal(gptq.dequantize(tensors, grid), matrix.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -146,7 +146,7 @@ def test_gptq_dequantize_follows_a_permuted_group_index_and_unpack_refuses_it() 
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     permuted = Quantized(matrix.codes[:, order], matrix.scale, matrix.zero, grid)
     shuffled = {**gptq.pack(permuted), "g_idx": tensors["g_idx"][order]}
-    assert torch.equal(gptq.dequantize(shuffled, 4), matrix.dequantize()[:, order])
+    assert torch.equal(gptq.dequantize(shuffled, grid), matrix.dequantize()[:, order])
     with pytest.raises(ModelError, match="activation order"):
         gptq.unpack(shuffled, grid)
 
@@ -370,6 +370,21 @@ def test_targets_select_each_module_once() -> None:
     assert found == {name: grid.bits for name, grid in grids.items()}
 
 
+def test_a_quantized_head_is_among_the_targets_by_its_name() -> None:
+    """vLLM's head is no Linear; transformers finds it once all the same."""
+    model = tiny_llama(tie=False)
+    grids = {n: Grid(4, 32, True) for n in linears(model)}
+    config = compressed_tensors.quantization_config(grids, [])
+    (group,) = config["config_groups"].values()
+    assert group["targets"] == ["Linear", "re:^lm_head$"]
+    matched = [name for name, _ in match_named_modules(model, group["targets"], config["ignore"])]
+    assert sorted(matched) == sorted(grids)
+    mixed = compressed_tensors.quantization_config(grids | {"lm_head": Grid(8, 32, True)}, [])
+    assert "re:^lm_head$" in mixed["config_groups"]["group_1"]["targets"]
+    without = compressed_tensors.quantization_config({n: g for n, g in grids.items() if n != "lm_head"}, ["lm_head"])
+    assert without["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
 # ---- gptq, opened by GPTQModel in this environment or in that of $GPTQMODEL_PYTHON
 
 
@@ -384,12 +399,47 @@ def test_gptq_config_of_one_scheme_and_of_several() -> None:
     assert mixed["lm_head"] is True
     assert mixed["modules_in_block_to_quantize"] == [["mlp.up_proj", "lm_head"]]
     assert mixed["dynamic"] == {
-        "+:^lm_head$": {"bits": 8, "group_size": 32, "sym": False},
-        r"-:^model\.layers\.\d+\.mlp\.down_proj$": {},
+        "+:^lm_head": {"bits": 8, "group_size": 32, "sym": False},
+        r"-:^model\.layers\.\d+\.mlp\.down_proj": {},
     }
     uneven = gptq.quantization_config(dict.fromkeys(layers[1:], a), [layers[0]])
-    assert uneven["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}}
+    assert uneven["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj": {}}
     assert "modules_in_block_to_quantize" not in uneven
+
+
+def test_gptq_rules_for_the_modules_that_vllm_joins() -> None:
+    """It asks the rules for `qkv_proj` and `gate_up_proj`, and opens them where all parts have one scheme."""
+    a, b = Grid(4, 64, True), Grid(8, 32, True)
+    attention, mlp = ([f"model.layers.{i}.{part}" for i in range(2) for part in parts] for parts in (
+        [f"self_attn.{x}_proj" for x in "qkvo"], [f"mlp.{x}_proj" for x in ("gate", "up", "down")],
+    ))  # fmt: skip
+    change = {"bits": 8, "group_size": 32, "sym": True}
+
+    def rules(grids: dict[str, Grid], unquantized: list[str]) -> dict[str, object]:
+        return gptq.quantization_config(grids, unquantized)["dynamic"]
+
+    grids = dict.fromkeys([*attention, *mlp], a) | {n: b for n in mlp if "down" not in n}
+    assert rules(grids, ["lm_head"]) == {
+        rf"+:^model\.layers\.\d+\.mlp\.{part}_proj": change for part in ("gate", "up", "gate_up")
+    }
+    grids = dict.fromkeys([*attention, *mlp], a) | {n: b for n in attention if "v_proj" in n}  # vLLM can't have it
+    assert rules(grids, ["lm_head"]) == {r"+:^model\.layers\.\d+\.self_attn\.v_proj": change}
+    kept = [name for name in attention if ".1." in name]
+    assert rules({n: a for n in [*attention, *mlp] if n not in kept}, [*kept, "lm_head"]) == {
+        rf"-:^model\.layers\.1\.self_attn\.{part}_proj": {} for part in ("q", "k", "v", "o", "qkv")
+    }
+
+
+def test_gptq_patterns_are_open_at_their_end_where_that_matches_no_more() -> None:
+    """ONNX Runtime GenAI matches them against the names of tensors."""
+    a, b = Grid(4, 64, True), Grid(8, 32, True)
+    grids = {"model.layers.0.w1": a, "model.layers.0.w10": b, "model.layers.0.w1_gate": b, "model.layers.0.w2": b}
+    config = gptq.quantization_config(grids | {"model.layers.1.w1": b}, [])
+    selected = {n for n in [*grids, "model.layers.1.w1"] if any(re.match(r[2:], n) for r in config["dynamic"])}
+    assert config["bits"] == 8 and selected == {"model.layers.0.w1"}
+    assert list(config["dynamic"]) == [r"+:^model\.layers\.0\.w1$"]
+    config = gptq.quantization_config(grids | {"model.layers.0.w10": a, "model.layers.0.w3": a}, [])
+    assert [rule for rule in config["dynamic"] if "w2" in rule] == [r"+:^model\.layers\.0\.w2"]
 
 
 def gptqmodel_python() -> str | None:

@@ -15,6 +15,7 @@ from small_model import write_model
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
+from compress.formats.facts import bytes_on_disk
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_length, check_vocabulary, find_modules, parameter_count
@@ -22,7 +23,7 @@ from compress.recipe.quantize import Override, WeightActivationStage, WeightOnly
 from compress.recipe.schema import Recipe
 from compress.run.plan import plan_run
 from compress.stages.quantize.matrix import Matrix
-from compress.stages.quantize.plan import estimate, plan_matrices, quantized_bytes
+from compress.stages.quantize.plan import estimate, plan_matrices
 from compress.system.progress import Reporter
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -260,8 +261,8 @@ def test_estimated_bytes_are_the_bytes_on_disk(
     written = Checkpoint(tmp_path / "checkpoint")
     names = {matrix.name for matrix in matrices}
     packed = sum(info.bytes for name, info in written.tensors.items() if name.rpartition(".")[0] in names)
-    scale_bytes = 2 if tie or format == "gptq" else 4  # the untied model is float32
-    assert sum(quantized_bytes(matrix, format, scale_bytes) for matrix in matrices) == packed
+    dtype = "BF16" if tie else "F32"
+    assert sum(bytes_on_disk(stage.layout, matrix, dtype) for matrix in matrices) == packed
     plan = estimate(stage, matrices, base, 4, 32)
     assert plan.output_bytes == pytest.approx(written.bytes, rel=0.01)
     assert plan.base_bytes == base.bytes and plan.disk_bytes >= 2 * plan.output_bytes * 0.99

@@ -96,19 +96,33 @@ def test_a_quantized_head_in_the_gptq_format(folder: Path) -> None:
     assert found(folder, "general_en", False, lm_head=True) == []
 
 
+def joined(folder: Path, **stage: Any) -> list[str]:
+    return [line for line in found_in_model(folder, **stage) if "joins" in line]
+
+
+def test_other_programs_that_do_not_open_the_result(folder: Path) -> None:
+    """compress/formats/openers.py has the rest of them."""
+    assert found_in_model(folder, group_size=32) == []
+    (line,) = found_in_model(folder, format="gptq", group_size=-1)
+    assert line.startswith("stages.0.group_size: format gptq with group_size -1 is opened by GPTQModel and vLLM; ")
+    for command in (["validate"], ["run", "--device", "cpu", "--dry-run"]):
+        result = invoke(command[0], folder / "recipe.yaml", *command[1:])
+        assert (result.exit_code, result.stderr) == (0, f"warning: {line}\n")
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_linears_that_vllm_joins_in_two_schemes(folder: Path, format: str) -> None:
-    (line,) = found_in_model(folder, format=format, overrides={"*.v_proj": {"bits": 8}}, group_size=32)
+    (line,) = joined(folder, format=format, overrides={"*.v_proj": {"bits": 8}}, group_size=32)
     assert line.startswith("stages.0: model.layers.*.self_attn: q_proj and k_proj and v_proj are quantized differently")
     assert "vLLM" in line and "transformers" in line
-    (line,) = found_in_model(folder, format=format, ignore=["lm_head", "*.1.mlp.up_proj"], group_size=32)
+    (line,) = joined(folder, format=format, ignore=["lm_head", "*.1.mlp.up_proj"], group_size=32)
     assert line.startswith("stages.0: model.layers.*.mlp: gate_proj and up_proj are")
 
 
 def test_linears_that_nobody_joins_may_differ(folder: Path) -> None:
     overrides = {"*.down_proj": {"bits": 8}, "*.o_proj": {"bits": 3}}
-    assert found_in_model(folder, overrides=overrides, group_size=32) == []
-    assert found_in_model(folder, ignore=["lm_head", "model.layers.0.*"], group_size=32) == []
+    assert joined(folder, overrides=overrides, group_size=32) == []
+    assert joined(folder, ignore=["lm_head", "model.layers.0.*"], group_size=32) == []
 
 
 def test_torchao_checkpoints_are_not_for_vllm_anyway(folder: Path) -> None:

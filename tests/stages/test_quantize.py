@@ -137,6 +137,7 @@ def check_files(parent: Path, written: Path, solved: Solved, modules: dict[str, 
     source, view = Checkpoint(parent), DequantizedCheckpoint(Checkpoint(written))
     assert set(view.grids) == set(modules)
     expected = {name for name in source.tensors if name.removesuffix(".weight") not in modules}
+    dense = Checkpoint(written).config["quantization_config"].get("dequantize")  # in the scales' dtype
     for module, (bits, group_size, symmetric) in modules.items():
         stored = f"{module}.weight" if f"{module}.weight" in source.tensors else "model.embed_tokens.weight"
         wanted = solution(solved, source.load([stored])[stored], module)
@@ -147,6 +148,8 @@ def check_files(parent: Path, written: Path, solved: Solved, modules: dict[str, 
         assert np.array_equal(zero, wanted.zero.numpy())
         width = wanted.grid.columns_per_group(codes.shape[1])
         values = (codes - zero.repeat(width, 1)).astype(np.float32) * scale.repeat(width, 1)
+        if dense:
+            values = torch.from_numpy(values).bfloat16().float().numpy()
         assert np.array_equal(view.load([f"{module}.weight"])[f"{module}.weight"].numpy(), values)
         expected |= {name for name in tensors if name.startswith(f"{module}.")} - {f"{module}.weight"}
         assert f"{module}.weight" not in tensors
@@ -269,7 +272,7 @@ def test_parents_of_other_dtypes(
     quantize(spec(format=format), Checkpoint(parent), tmp_path, context(torch.float32))
     check_files(parent, tmp_path / "checkpoint", solved, dict.fromkeys(linears(parent), (4, 32, True)))
     check_logits(tmp_path, torch.float32)
-    scale = {"compressed-tensors": stored, "gptq": torch.float16}[format]
+    scale = torch.float16 if stored == torch.float16 or format == "gptq" else torch.bfloat16
     assert {q.grid.scale_dtype for _, q in solved} == {scale}
 
 

@@ -31,7 +31,7 @@ from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop import stream as stream_module
 from compress.loop.context import Context
 from compress.loop.interleave import Arrival, Passes, Step
-from compress.model.checkpoint import Checkpoint, read_part
+from compress.model.checkpoint import Checkpoint, TensorInfo, read_part
 from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import FakeQuantize, Grid
 from compress.recipe.quantize import MethodOverride, WeightActivationStage
@@ -148,8 +148,9 @@ def test_files_are_what_the_library_writes(name: str, rows: int) -> None:
     assert torch.equal(library["weight"].view(torch.uint8), tensors["weight"].view(torch.uint8))
     dense = compressor.decompress(dict(tensors), scheme)["weight"]
     assert torch.equal(dense, matrix.dequantize(torch.bfloat16))
-    kind = "F8_E4M3" if grid.float8 else "I8"
-    assert eight_bit.grid_of(kind, rows, tensors["weight_scale"].shape, torch.bfloat16) == grid
+    names = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16"}
+    headers = {n: TensorInfo(Path(), names[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
+    assert eight_bit.describe(headers, (), config["config_groups"]["group_0"]) == grid
     assert float((matrix.dequantize() - weight).norm() / weight.norm()) < (0.04 if grid.float8 else 0.02)
     assert bool((matrix.scale > 0).all())
 

@@ -11,9 +11,11 @@ from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from compress.errors import RecipeError
+from compress.formats.facts import FACTS, bytes_on_disk
+from compress.formats.openers import cautions, gptq_head
 from compress.model.arch import width_of
 from compress.model.checkpoint import TensorInfo
-from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, parameter_count
+from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, model_dtype, parameter_count
 from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec
@@ -21,7 +23,6 @@ from compress.stages.contract import Plan
 from compress.stages.quantize.cache_plan import check_cache
 from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
-from compress.stages.quantize.warnings import opened_by_few, refused_by_vllm
 from compress.system.units import size
 
 _HEADER_BYTES = 120  # that a tensor takes in a file's header, about
@@ -40,7 +41,8 @@ def plan(
         where: the stage in the recipe, such as "stages.0".
         text: what it is calibrated on.
     """
-    splits, warnings = isinstance(spec, WeightOnlyStage), opened_by_few(spec, where)
+    splits = isinstance(spec, WeightOnlyStage)
+    warnings = gptq_head(where) if isinstance(spec, WeightOnlyStage) and spec.format == "gptq" and spec.lm_head else []
     if shapes is None:
         return Plan(None, warnings=warnings, splits=splits)
     try:
@@ -58,11 +60,11 @@ def plan(
             f"about {size(found.memory_bytes)} ({text.samples} x {text.sequence_length} calibration tokens)",
         ),
     ]
-    if spec.format != "torchao":
-        warnings += refused_by_vllm(matrices, find_modules(shapes).linears, where)
+    modules, kind = find_modules(shapes), str(shapes.config.get("model_type"))
+    warnings += cautions(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
     after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
-    return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=spec.format != "gptq")
+    return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=FACTS[spec.layout].stock is None)
 
 
 def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> list[Matrix]:
@@ -189,8 +191,8 @@ def estimate(
 ) -> Estimate:
     """Memory and disk of a quantize stage on this model with this much calibration text."""
     modules = find_modules(checkpoint)
-    wide = any(checkpoint.tensors[f"{name}.weight"].dtype == "F32" for name in modules.linears)
-    packed = sum(quantized_bytes(m, spec.format, 4 if wide else 2) + 3 * _HEADER_BYTES for m in matrices)
+    dtype = model_dtype(checkpoint)
+    packed = sum(bytes_on_disk(spec.layout, matrix, dtype) + 3 * _HEADER_BYTES for matrix in matrices)
     replaced = {matrix.name for matrix in matrices} | ({modules.head} if is_tied(checkpoint, modules) else set())
     output = checkpoint.bytes + packed - sum(_dense_bytes(checkpoint, name) for name in replaced)
     layer: Counter[str] = Counter()
@@ -210,17 +212,3 @@ def estimate(
 def _dense_bytes(checkpoint: Shapes, module: str) -> int:
     info = checkpoint.tensors.get(f"{module}.weight")
     return info.bytes if info is not None else 0
-
-
-def quantized_bytes(matrix: Matrix, format: str, scale_bytes: int = 2) -> int:
-    """Bytes of the tensors that hold a quantized matrix in a checkpoint format (compress/export says which)."""
-    rows, columns = matrix.shape
-    scales = matrix.scales
-    if format == "torchao":
-        return rows * columns + (scale_bytes + (matrix.bits == 4)) * scales
-    if matrix.inputs is not None:
-        return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
-    if format == "gptq":
-        return (rows * columns + scales) * matrix.bits // 8 + 2 * scales + 4 * columns
-    zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)
-    return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16

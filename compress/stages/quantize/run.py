@@ -13,6 +13,8 @@ from torch import Tensor
 
 from compress import records
 from compress.errors import RecipeError
+from compress.formats.base import DTYPES
+from compress.formats.facts import measured_bits
 from compress.formats.table import FORMATS
 from compress.loop.activations import Activations
 from compress.loop.attention import received_attention
@@ -23,9 +25,9 @@ from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint
-from compress.model.shapes import find_modules, has_own_head, is_tied
+from compress.model.shapes import find_modules, has_own_head, is_tied, model_dtype
 from compress.quant.error_propagation import PropagatedError
-from compress.quant.grid import FakeQuantize, Grid
+from compress.quant.grid import FakeQuantize, Grid, Quantized
 from compress.quant.statistics import Gram, gram
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.stages.contract import Result
@@ -33,7 +35,7 @@ from compress.stages.layerwise import LayerTransform, Layerwise
 from compress.stages.quantize.activations import ActivationScales
 from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
-from compress.stages.quantize.plan import plan_matrices, quantized_bytes
+from compress.stages.quantize.plan import plan_matrices
 from compress.stages.quantize.preflight import check_calls, check_modules, check_weights
 from compress.stages.quantize.solve import Solved, Solver
 
@@ -66,9 +68,8 @@ def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, outpu
     fallbacks = sum(module.fallback is not None for module in modules)
     if fallbacks:
         context.reporter.warn(f"{fallbacks} of {len(modules)} matrices fell back to round-to-nearest")
-    matrices = stage.matrices.values()
-    weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-    bits = 8 * sum(quantized_bytes(matrix, spec.format) for matrix in matrices) / weights
+    shapes = {name: matrix.shape for name, matrix in stage.matrices.items()}
+    bits = measured_bits(Checkpoint(output / "checkpoint").tensors, shapes)
     record = result.record.model_copy(update={"format": spec.format, "quantized_bits_per_weight": bits})
     return replace(result, record=record)
 
@@ -114,7 +115,7 @@ class _Quantization(LayerTransform):
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
         self.format = FORMATS[spec.layout]
-        self.stored = _stored_dtype(parent)
+        self.dtype = model_dtype(parent)
         self.grids = {name: self._grid(matrix) for name, matrix in self.matrices.items()}
         problems = self.format.problems(
             {name: matrix.shape for name, matrix in self.matrices.items()}, self.grids, self._embeddings()
@@ -136,19 +137,19 @@ class _Quantization(LayerTransform):
         layers = {name.removeprefix(self.modules.layers).split(".")[1] for name in inside}
         widths = [shape[1] for shape in self.modules.linears.values()]
         stored = sum(info.bytes for info in inside.values()) // len(layers)
-        held = 2 + models * self.context.dtype.itemsize / self.stored.itemsize
+        itemsize = min(DTYPES[info.dtype].itemsize for info in inside.values() if info.dtype in DTYPES)
+        held = 2 + models * self.context.dtype.itemsize / itemsize
         if isinstance(self.spec, WeightActivationStage) and self.spec.smooth is not None:
-            held += 4 / self.stored.itemsize - 1  # what is read becomes float32
+            held += 4 / itemsize - 1  # what is read becomes float32
         return self.context.room(int(held * stored), max(widths), min(widths)) / models
 
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]
 
     def _grid(self, matrix: Matrix) -> Grid:
-        scale_dtype = self.format.scale_dtype(self.stored)
         return Grid(
-            matrix.bits, matrix.group_size, matrix.symmetric, scale_dtype, self.format.zero_minimum,
-            signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
+            matrix.bits, matrix.group_size, matrix.symmetric, self.format.scale_dtype(self.dtype),
+            self.format.zero_minimum, signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
         )  # fmt: skip
 
     def before_layers(self) -> None:
@@ -157,7 +158,7 @@ class _Quantization(LayerTransform):
         if name in self.matrices:
             weight = self.parent.load([f"{name}.weight"], self.context.device)
             self.embedded = self.solver.solve({name: weight[f"{name}.weight"]}, None)
-            self.stream.replaced[f"{name}.weight"] = self.embedded[name].quantized.dequantize(self.context.dtype)
+            self.stream.replaced[f"{name}.weight"] = self._weight(self.embedded[name].quantized)
 
     def check(self, probe: Activations) -> None:
         """Refuse modules that are no linears, are never called, or whose weights other code reads."""
@@ -165,7 +166,7 @@ class _Quantization(LayerTransform):
         if self.spec.calibrates:
             check_calls(self.stream, self.matrices, probe)
         if isinstance(self.spec, WeightOnlyStage):
-            check_weights(self.stream, self.matrices, probe, self.spec.layout)
+            check_weights(self.stream, self.matrices, probe, self.spec.format)
 
     def start(self, calibration: Activations | None, probe: Activations) -> None:
         """Put the original model beside the quantized one, where its activations are aimed at."""
@@ -196,7 +197,7 @@ class _Quantization(LayerTransform):
                 dense[name] = tensor
         for module, local_tensors in packed.items():
             unpacked = self.format.unpack(local_tensors, self.grids[module])
-            dense[f"{module}.weight"] = self.format.weight(unpacked, self.context.dtype)
+            dense[f"{module}.weight"] = self._weight(unpacked)
         return dense
 
     def transform(
@@ -225,6 +226,10 @@ class _Quantization(LayerTransform):
 
     def _inside(self, layer: _Layer) -> list[str]:
         return [name for name in self.matrices if name.startswith(layer.prefix)]
+
+    def _weight(self, matrix: Quantized) -> Tensor:
+        """What a linear runs with, as loaders will have it."""
+        return self.format.weight(matrix, self.context.dtype, self.format.dense(self.grids, self._embeddings()))
 
     def _is_attended(self, name: str) -> bool:
         return name.rpartition(".")[2] in ATTENDED
@@ -256,7 +261,7 @@ class _Quantization(LayerTransform):
         if self.inputs is not None:
             found = self.inputs.described(found, layer.tensors)
         layer.solved.update(found)
-        weights = {f"{n}.weight": self.format.weight(s.quantized, self.context.dtype) for n, s in found.items()}
+        weights = {f"{n}.weight": self._weight(s.quantized) for n, s in found.items()}
         self.stream.fill_layer(layer.index, weights)
 
     def _accumulate(
@@ -301,7 +306,7 @@ class _Quantization(LayerTransform):
         with self.stream.outer():
             hessian = gram(map(self.stream.head_inputs, calibration or ()))
             solved = self.solver.solve({name: weight.to(self.context.device)}, hessian)
-        self.stream.replaced[f"{name}.weight"] = solved[name].quantized.dequantize(self.context.dtype)
+        self.stream.replaced[f"{name}.weight"] = self._weight(solved[name].quantized)
         return solved
 
     def metadata(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
@@ -322,6 +327,8 @@ class _Quantization(LayerTransform):
         )
         if self.modules.head in self.matrices or has_own_head(self.parent, self.modules):
             config["tie_word_embeddings"] = False
+        if not config.get("dtype") and not config.get("torch_dtype"):
+            config["dtype"] = str(DTYPES[self.dtype]).removeprefix("torch.")  # else loaders take that of some tensor
         return config
 
     def extra_files(self, config: dict[str, Any]) -> Mapping[str, str]:
@@ -332,10 +339,3 @@ class _Quantization(LayerTransform):
 def _alone(arrival: Arrival) -> Pair:
     """A batch with no original model beside it."""
     return arrival.input, None
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the decoder layers' weights."""
-    by_name: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    first = next(iter(find_modules(checkpoint).linears))
-    return by_name[checkpoint.tensors[f"{first}.weight"].dtype]
