@@ -43,6 +43,7 @@ def evaluate(
     result = Checkpoint(candidate)
     check_code(original.config, base, trust_remote_code)
     check_code(result.config, str(candidate), trust_remote_code)
+    views = DequantizedCheckpoint(original), DequantizedCheckpoint(result)
     sizes = [c.config.get("vocab_size") for c in (original, result)]
     if sizes[0] != sizes[1]:
         raise ModelError(
@@ -64,14 +65,7 @@ def evaluate(
     with writing(work):
         if not original.config.get("quantization_config"):
             check_base(original, base_id, context, work / "evaluations")
-        quality = compare(
-            DequantizedCheckpoint(original),
-            DequantizedCheckpoint(result),
-            tokens,
-            context,
-            work / "evaluations",
-            base_id,
-        )
+        quality = compare(*views, tokens, context, work / "evaluations", base_id)
     return Quality.model_validate(quality)
 
 
