@@ -123,6 +123,13 @@ def test_default_keys_of_experts_make_no_mixture(desk: Desk) -> None:
     assert desk.file("out/model.safetensors").is_file()
 
 
+def test_a_config_may_say_that_outputs_are_tuples(desk: Desk) -> None:
+    desk.config(return_dict=False)
+    result = invoke(*RUN)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(desk.file("out/report.json").read_text())["verified"]["max_logit_difference"] == 0
+
+
 @pytest.mark.skipif(not MOUNTS, reason=ROOM)
 def test_a_run_continues_when_the_full_disk_has_room_again(desk: Desk) -> None:
     disk = desk.mount("little", "size=400k")

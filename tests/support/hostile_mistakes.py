@@ -21,6 +21,7 @@ SIZES = [
     sized("num_key_value_heads", -1, "-1", "65,536"),
     sized("num_attention_heads", True, "True", "65,536"),
     sized("num_hidden_layers", 10**9, "1000000000", "16,384"),
+    sized("num_labels", 10**18, "1000000000000000000", "1,048,576"),
     sized("vocab_size", -5, "-5", "268,435,456"),
     sized("max_position_embeddings", float("nan"), "nan", "1,099,511,627,776"),
     Case(
@@ -89,7 +90,17 @@ TOKENIZERS = [
 ]  # fmt: skip
 
 
+def inspected(desk: Desk) -> list[str]:
+    desk.config(quantization_config=7)
+    return ["inspect", "model"]
+
+
 CASES = [
+    Case(
+        "inspect a quantization_config that is none",
+        inspected,
+        "model: quantization_config is no mapping (7); download the model again",
+    ),
     *SIZES,
     *TOKENIZERS,
     Case(
