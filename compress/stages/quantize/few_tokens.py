@@ -1,7 +1,7 @@
 """What is done where calibration has few tokens for the inputs of a matrix. Never imports torch.
 
-A Hessian of N tokens knows N directions. In the others of its I inputs an error seems to cost nothing, and GPTQ puts its
-errors there: it fits those tokens and loses to plain rounding on any other text. So the Hessian is shrunk towards a
+A Hessian of N tokens knows N directions. In the others of its I inputs an error seems to cost nothing, and GPTQ puts
+its errors there: it fits those tokens and loses to plain rounding on any other text. So the Hessian is shrunk towards a
 multiple of the identity, under which GPTQ is plain rounding (Ledoit and Wolf 2004, "A well-conditioned estimator for
 large-dimensional covariance matrices"), the more the fewer its tokens are:
 
@@ -56,7 +56,8 @@ def few_tokens(
         return []
     name = re.sub(r"\.\d+\.", ".*.", widest.name)
     fewer = "fewer than the" if tokens < inputs else f"fewer than {AMPLE:g} for each of the"
+    samples = math.ceil(AMPLE * inputs / sequence_length)
     return [
-        f"calibration: {tokens} tokens are {fewer} {inputs} inputs of {name}, so they count for less and rounding stays "
-        f"less accurate than it could be; use samples: {math.ceil(AMPLE * inputs / sequence_length)} or more"
+        f"calibration: {tokens} tokens are {fewer} {inputs} inputs of {name}, so they count for less and rounding "
+        f"stays less accurate than it could be; use samples: {samples} or more"
     ]
