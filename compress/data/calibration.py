@@ -71,7 +71,7 @@ class TokenSet:
 
 
 def load_calibration(spec: CalibrationSpec, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
-    """Up to `spec.samples` sequences of `spec.sequence_length` tokens; the same spec and tokenizer give the same.
+    """Up to `spec.samples` sequences of `spec.length` tokens; the same spec and tokenizer give the same.
 
     Fewer tokens than asked is a warning, and what there is is used.
 
@@ -80,8 +80,8 @@ def load_calibration(spec: CalibrationSpec, tokenizer: "PreTrainedTokenizerBase"
     """
     renderer = Renderer(tokenizer)
     documents = renderer.render(shuffle(_records(spec, shuffle_shards=True), spec.seed))
-    tokens = collect_tokens(documents, tokenizer, spec.samples * spec.sequence_length)
-    return _token_set(spec, tokens, tokenizer, spec.sequence_length, spec.samples, renderer.warnings)
+    tokens = collect_tokens(documents, tokenizer, spec.samples * spec.length)
+    return _token_set(spec, tokens, tokenizer, spec.length, spec.samples, renderer.warnings)
 
 
 def load_windows(
@@ -156,4 +156,6 @@ def _token_set(
     if wanted is not None and len(tokens) < wanted:
         asked = f"{wanted} sequences of {sequence_length} tokens were asked for"
         warnings = (f"{name}: {asked} and its {count} tokens fill {len(tokens)}; those are used", *warnings)
-    return TokenSet(tokens, name=name, source=spec.source, licence=spec.licence, warnings=warnings, prefix=names)
+    return TokenSet(
+        tokens, name=name, source=spec.source, licence=spec.licence or spec.license, warnings=warnings, prefix=names
+    )

@@ -25,19 +25,19 @@ def describe(recipe: Recipe, work: Path, reporter: Reporter) -> list[str]:
     base = open_model(resolve_model(recipe.model, recipe.revision, work, reporter.say), recipe)
     for line in cautions(recipe, base):
         reporter.warn(line)
-    text = calibration_of(recipe)
+    text = calibration_of(recipe, base)
     lines = [f"model    {recipe.model}: {parameter_count(base):,} parameters, {_size(base.bytes)}"]
     for number, stage in enumerate(recipe.stages):
         matrices = plan_matrices(stage, base, f"stages.{number}")
-        plan = estimate(stage, matrices, base, text.samples, text.sequence_length)
-        for line in few_tokens(stage, matrices, text.samples * text.sequence_length, text.sequence_length):
+        plan = estimate(stage, matrices, base, text.samples, text.length)
+        for line in few_tokens(stage, matrices, text.samples * text.length, text.length):
             reporter.warn(line)
         kinds = ", ".join(sorted({m.kind for m in matrices}))
         free = shutil.disk_usage(_existing(work)).free
         lines += [
             f"stage    {stage.kind} {stage.method}: {len(matrices)} matrices, {kinds}, format {stage.format}",
             f"result   about {_size(plan.output_bytes)}, {plan.base_bytes / plan.output_bytes:.2f} times smaller",
-            f"memory   about {_size(plan.memory_bytes)} ({text.samples} x {text.sequence_length} calibration tokens)",
+            f"memory   about {_size(plan.memory_bytes)} ({text.samples} x {text.length} calibration tokens)",
             f"disk     about {_size(plan.disk_bytes)} under {work}, {_size(free)} free",
         ]
     return [*lines, f"output   {output}"]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from compress.model.arch import check_code, check_supported
+from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_depth, check_length
-from compress.recipe.load import load_calibration_spec
-from compress.recipe.schema import CalibrationSpec, Recipe
+from compress.recipe.lengths import fitted_calibration, fitting_length
+from compress.recipe.schema import CalibrationSpec, EvaluateSpec, Recipe
 from compress.stages.quantize.plan import plan_matrices
 
 
@@ -24,13 +24,17 @@ def open_model(folder: Path, recipe: Recipe) -> Checkpoint:
     for number, stage in enumerate(recipe.stages):
         plan_matrices(stage, checkpoint, f"stages.{number}")
     if any(stage.calibrates for stage in recipe.stages):
-        check_length(checkpoint, calibration_of(recipe).sequence_length, "calibration.sequence_length")
+        check_length(checkpoint, calibration_of(recipe, checkpoint).length, "calibration.sequence_length")
     if recipe.evaluate is not None:
-        check_length(checkpoint, recipe.evaluate.sequence_length, "evaluate.sequence_length")
+        check_length(checkpoint, evaluation_length(recipe.evaluate, checkpoint), "evaluate.sequence_length")
     return checkpoint
 
 
-def calibration_of(recipe: Recipe) -> CalibrationSpec:
-    """A recipe's calibration spec, read from its file where the recipe names one."""
-    spec = recipe.calibration
-    return spec if isinstance(spec, CalibrationSpec) else load_calibration_spec(spec, base=Path.cwd())
+def calibration_of(recipe: Recipe, base: Checkpoint | None = None) -> CalibrationSpec:
+    """A recipe's calibration spec, read from its file where the recipe names one, and fitted to its model."""
+    return fitted_calibration(recipe, None if base is None else positions_of(base.config))
+
+
+def evaluation_length(spec: EvaluateSpec, base: Checkpoint) -> int:
+    """Tokens of an evaluation's window."""
+    return spec.sequence_length or fitting_length(positions_of(base.config))

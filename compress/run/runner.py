@@ -24,7 +24,7 @@ from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.records import RECORD, Record, now, read_record
 from compress.run.artefact import check_output, keep_foreign, publish, work_folder
-from compress.run.plan import calibration_of, open_model
+from compress.run.plan import calibration_of, evaluation_length, open_model
 from compress.run.warnings import cautions
 from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.plan import plan_matrices, quantized_bytes
@@ -125,7 +125,7 @@ class _Run:
                     self.reporter.warn(line)
         windows = None
         if recipe.evaluate is not None and distributed.rank() == 0:
-            windows = self._windows(recipe.evaluate, tokenizer)
+            windows = self._windows(recipe.evaluate, base, tokenizer)
         read = [context.probe, *(each.tokens for each in (tokens, windows) if each is not None)]
         check_vocabulary(base, max(int(each.max()) for each in read))
         base_id = fingerprint("base", base.fingerprint())
@@ -185,7 +185,7 @@ class _Run:
 
         recipe = self.recipe
         device = pick_device(self.options.device, self.options.max_memory)
-        tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
+        tokens = self._tokens(base, tokenizer) if any(s.calibrates for s in recipe.stages) else None
         stored = {"F16": torch.float16}.get(next(iter(base.tensors.values())).dtype, torch.bfloat16)
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]
@@ -194,10 +194,10 @@ class _Run:
         self.reporter.say(f"{recipe.model}: {base.bytes / 1e6:,.0f} MB; computing in {dtype} on {where}")
         return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code, self.options.max_memory)
 
-    def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
+    def _tokens(self, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
         from compress.data.calibration import load_calibration
 
-        tokens = distributed.first(lambda: load_calibration(calibration_of(self.recipe), tokenizer))
+        tokens = distributed.first(lambda: load_calibration(calibration_of(self.recipe, base), tokenizer))
         if tokens.sequences < distributed.world():
             raise UserError(
                 f"calibration: {tokens.sequences} sequences are fewer than the {distributed.world()} processes; "
@@ -208,11 +208,12 @@ class _Run:
         self.reporter.say(f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}")
         return tokens
 
-    def _windows(self, spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
+    def _windows(self, spec: EvaluateSpec, base: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> "TokenSet":
         """The evaluation's windows, read before the first stage: a text that can't be used stops the run at once."""
         from compress.data.calibration import load_windows
 
-        windows = load_windows(spec.text, tokenizer, sequence_length=spec.sequence_length, windows=spec.windows)
+        length = evaluation_length(spec, base)
+        windows = load_windows(spec.text, tokenizer, sequence_length=length, windows=spec.windows)
         for warning in windows.warnings:
             self.reporter.warn(warning)
         return windows

@@ -9,8 +9,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules
+from compress.recipe.lengths import shortened
 from compress.recipe.load import load_evaluation_spec
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
@@ -41,6 +43,8 @@ def cautions(recipe: Recipe, base: Checkpoint | None = None) -> list[str]:
                 f"calibration and evaluate.text are the same text ({evaluation.name or Path(evaluation.source).name}), "
                 "which flatters the reported accuracy; calibrate on another, such as general_en"
             )
+    if base is not None:
+        lines += shortened(recipe, positions_of(base.config))
     for number, stage in enumerate(recipe.stages):
         if base is not None and stage.format != "torchao":
             where = f"stages.{number}"
