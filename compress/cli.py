@@ -191,7 +191,10 @@ def eval(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a folder, hub id or GGUF file.")],
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="A checkpoint folder, dense or quantized.")],
     text: Annotated[str, typer.Option("--text", help="A text or jsonl file, or a bundled text.")] = "wikitext2",
-    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens per window.")] = 2048,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", min=2, help="Tokens per window; default: 2048, or the positions of BASE."),
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Number of windows.")] = 64,
     device: DeviceOption = "auto",
     work_dir: WorkOption = None,

@@ -1,7 +1,8 @@
 """From a spec to tokens: sequences to calibrate on, windows to evaluate on.
 
 The two differ on purpose. Calibration wants a fair draw: documents in an order drawn from the seed, each tokenized by
-itself. Evaluation wants the protocol of published perplexities: one text, from its start, tokenized as one string.
+itself. Evaluation wants the protocol of published perplexities: one text, from its start, tokenized as one string. In
+both, every sequence starts with what the tokenizer puts in front of a text (`llama-perplexity` does the same with BOS).
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.data.documents import FIELDS, Document, Record, Renderer, select, shuffle
-from compress.data.packing import collect_tokens, cut_sequences
+from compress.data.packing import collect_tokens, cut_sequences, text_prefix
 from compress.data.sources import is_plain_text, read_rows
 from compress.errors import CalibrationError
 from compress.recipe.load import load_evaluation_spec
@@ -36,6 +37,7 @@ class TokenSet:
         source: hub dataset or file that it came from.
         licence: the text's licence, where the spec states it.
         warnings: what the user should hear, a line each.
+        prefix: the tokens, by name, that every sequence starts with because the tokenizer starts every text with them.
         sha256: digest of the tokens and their shape, computed here: the calibration part of a stage's fingerprint.
     """
 
@@ -44,6 +46,7 @@ class TokenSet:
     source: str
     licence: str | None
     warnings: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +71,7 @@ class TokenSet:
 
 
 def load_calibration(spec: CalibrationSpec, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
-    """Up to `spec.samples` sequences of `spec.sequence_length` tokens; the same spec and tokenizer give the same.
+    """Up to `spec.samples` sequences of `spec.length` tokens; the same spec and tokenizer give the same.
 
     Fewer tokens than asked is a warning, and what there is is used.
 
@@ -77,8 +80,8 @@ def load_calibration(spec: CalibrationSpec, tokenizer: "PreTrainedTokenizerBase"
     """
     renderer = Renderer(tokenizer)
     documents = renderer.render(shuffle(_records(spec, shuffle_shards=True), spec.seed))
-    tokens = collect_tokens(documents, tokenizer, spec.samples * spec.sequence_length)
-    return _token_set(spec, tokens, spec.sequence_length, spec.samples, renderer.warnings)
+    tokens = collect_tokens(documents, tokenizer, spec.samples * spec.length)
+    return _token_set(spec, tokens, tokenizer, spec.length, spec.samples, renderer.warnings)
 
 
 def load_windows(
@@ -106,7 +109,7 @@ def load_windows(
         joined = ("" if is_plain_text(spec.source) else "\n\n").join(document.text for document in documents)
         encoded = tokenizer(joined, add_special_tokens=documents[0].add_special_tokens, verbose=False)
         tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    return _token_set(spec, tokens, sequence_length, windows, renderer.warnings)
+    return _token_set(spec, tokens, tokenizer, sequence_length, windows, renderer.warnings)
 
 
 def _records(spec: CalibrationSpec, *, shuffle_shards: bool) -> Iterator[Record]:
@@ -126,10 +129,22 @@ def _take(documents: Iterable[Document], characters: int | None) -> list[Documen
 
 
 def _token_set(
-    spec: CalibrationSpec, tokens_N: Tensor, sequence_length: int, wanted: int | None, warnings: tuple[str, ...]
+    spec: CalibrationSpec,
+    tokens_N: Tensor,
+    tokenizer: "PreTrainedTokenizerBase",
+    sequence_length: int,
+    wanted: int | None,
+    warnings: tuple[str, ...],
 ) -> TokenSet:
-    count, name = len(tokens_N), spec.name or Path(spec.source).name
-    if count < sequence_length:
+    count, name, prefix = len(tokens_N), spec.name or Path(spec.source).name, text_prefix(tokenizer)
+    names = tuple(tokenizer.convert_ids_to_tokens(prefix))
+    if sequence_length <= len(prefix):
+        raise CalibrationError(
+            f"sequence_length: {sequence_length} has no room for text behind the {' '.join(names)} that the tokenizer "
+            f"puts in front of it; use {len(prefix) + 1} or more"
+        )
+    tokens = cut_sequences(tokens_N, sequence_length, prefix)[:wanted].clone()
+    if not len(tokens):
         reason = "".join(f"; {warning}" for warning in warnings)
         if count < 2:
             raise CalibrationError(f"{spec.source}: holds no text; name a source with more of it{reason}")
@@ -138,8 +153,9 @@ def _token_set(
             f"{spec.source}: {count} tokens are fewer than one sequence of {sequence_length}; "
             f"add text or use sequence_length: {works}{reason}"
         )
-    tokens = cut_sequences(tokens_N, sequence_length)[:wanted].clone()
     if wanted is not None and len(tokens) < wanted:
         asked = f"{wanted} sequences of {sequence_length} tokens were asked for"
         warnings = (f"{name}: {asked} and its {count} tokens fill {len(tokens)}; those are used", *warnings)
-    return TokenSet(tokens, name=name, source=spec.source, licence=spec.licence, warnings=warnings)
+    return TokenSet(
+        tokens, name=name, source=spec.source, licence=spec.licence or spec.license, warnings=warnings, prefix=names
+    )

@@ -60,22 +60,23 @@ def compare(
         context.reporter.task("comparing", len(windows.tokens), "window") as advance,
     ):
         for tokens, one, other in zip(windows.tokens, hidden_base, hidden_candidate, strict=True):
-            found.append(_window(streams, [one, other], tokens, context.device))
+            found.append(_window(streams, [one, other], tokens, max(1, len(windows.prefix)), context.device))
             advance()
     return summarise(
         _joined(found, torch.stack),
         dataset=windows.name,
         sequence_length=windows.sequence_length,
+        prefix=windows.prefix,
         dtype=str(context.dtype).removeprefix("torch."),
     )
 
 
 def _window(
-    streams: Sequence[LayerStream], hidden: Sequence[Tensor], tokens: Tensor, device: torch.device
+    streams: Sequence[LayerStream], hidden: Sequence[Tensor], tokens: Tensor, first: int, device: torch.device
 ) -> TokenDivergence:
-    """Both models on a window of tokens [S], from what their last layers put out, [1, S, D] each."""
-    rows, scored = rows_at_once(max(s.model.config.vocab_size for s in streams)), len(tokens) - 1
-    states, targets = [h[:, :scored].to(device) for h in hidden], tokens[1:].to(device)
+    """Both models on a window of tokens [S] from `first` on, from what their last layers put out, [1, S, D] each."""
+    rows, scored = rows_at_once(max(s.model.config.vocab_size for s in streams)), len(tokens) - first
+    states, targets = [h[:, first - 1 : -1].to(device) for h in hidden], tokens[first:].to(device)
     parts = []
     for start in range(0, scored, rows):
         part = slice(start, start + rows)

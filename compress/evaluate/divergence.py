@@ -6,10 +6,11 @@ All You Need", arXiv:2407.09141; `llama-perplexity --kl-divergence` of llama.cpp
 
 Left out: running the models (the caller has the logits), and benchmark tasks.
 
-Shapes: N tokens, V vocabulary, W windows, T = S - 1 scored tokens of a window.
+Shapes: N tokens, V vocabulary, W windows, T scored tokens of a window (S - 1; fewer behind a longer prefix).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,9 @@ def _divergence(base_NV: Tensor, candidate_NV: Tensor, targets_N: Tensor, first:
     return nll_base, nll_candidate, kl, agree
 
 
-def summarise(per_window: TokenDivergence, *, dataset: str, sequence_length: int, dtype: str) -> dict[str, Any]:
+def summarise(
+    per_window: TokenDivergence, *, dataset: str, sequence_length: int, dtype: str, prefix: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `quality` part of a report.
 
     Perplexity is exp of the mean negative log-likelihood over all scored tokens (Jelinek et al. 1977), in windows that
@@ -122,24 +125,27 @@ def summarise(per_window: TokenDivergence, *, dataset: str, sequence_length: int
     its intervals are None.
 
     Args:
-        per_window: tensors [W, T], W >= 1, T = sequence_length - 1.
+        per_window: tensors [W, T], W >= 1.
         dataset: name of the evaluation text.
-        sequence_length: tokens of a window, S; the first of each is context only.
+        sequence_length: tokens of a window, S; the prefix of each, or else its first token, is context only.
         dtype: what the models computed in, for the record.
+        prefix: the tokens, by name, that the tokenizer starts every text with, and that every window starts with.
 
     Returns:
         A dict with the fields of `compress.records.Quality`, plain Python numbers.
     """
     windows, scored = per_window.kl.shape
-    assert windows >= 1 and scored == sequence_length - 1
+    assert windows >= 1 and scored == sequence_length - max(1, len(prefix))
     kl = _float64(per_window.kl)
     kl_per_window = kl.mean(axis=1)
     agreement_per_window = _float64(per_window.agree).mean(axis=1)
     text = "1 window" if windows == 1 else f"{windows} windows"
+    first = "the first token of a window is context only"
+    if prefix:
+        first = f"each starts with {' '.join(prefix)}, as the tokenizer starts a text, which is context only"
     protocol = (
-        f"{text} of {sequence_length} tokens from {dataset}, without overlap; the first token of a window is context "
-        f"only, the other {scored} are predicted. KL(base || compressed) is taken over the whole vocabulary, in nats "
-        "per token. "
+        f"{text} of {sequence_length} tokens from {dataset}, without overlap; {first}, the other {scored} are "
+        "predicted. KL(base || compressed) is taken over the whole vocabulary, in nats per token. "
     )
     if windows == 1:
         protocol += "One window gives no interval."

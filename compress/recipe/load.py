@@ -76,6 +76,11 @@ def load_calibration_spec(reference: str, *, base: Path) -> CalibrationSpec:
     return spec if spec.name else spec.model_copy(update={"name": path.stem})
 
 
+def is_bundled_spec(reference: str) -> bool:
+    """Whether a recipe's `calibration` names a spec that comes with dscompress."""
+    return _find_spec(reference, Path.cwd()).parent == bundled_dir("calibration")
+
+
 def load_evaluation_spec(text: str) -> CalibrationSpec:
     """What `evaluate.text` means: a bundled spec, a spec's path, or a text file's; relative paths start here.
 

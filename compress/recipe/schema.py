@@ -28,6 +28,7 @@ from compress.recipe.types import Closed, Count, StageSpec, Text
 from compress.stages import KINDS
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+DEFAULT_LENGTH = 2048
 
 
 def _parse_switch(value: object) -> object:
@@ -50,12 +51,15 @@ class CalibrationSpec(Closed):
         description="A hub dataset (allenai/c4) or a local .jsonl, .json, .parquet or .txt file, each also .gz."
     )
     licence: Text | None = Field(default=None, description="The text's licence, copied into reports.")
+    license: Text | None = Field(default=None, description="The same as licence.")
     sha256: Annotated[str, StringConstraints(strip_whitespace=True, to_lower=True)] | None = Field(
         default=None, description="Checksum of the local file's bytes; a file with another one is refused."
     )
     samples: Count = Field(default=128, ge=1, description="Number of sequences.")
-    sequence_length: Count = Field(
-        default=2048, ge=2, description="Tokens per sequence; documents are packed, never padded."
+    sequence_length: Annotated[Count, Field(ge=2)] | None = Field(
+        default=None,
+        description="Tokens per sequence; documents are packed, never padded. Null takes 2048, or all positions of a "
+        "model that has fewer.",
     )
     seed: Count = Field(default=0, ge=0, description="Seed of the sampling.")
     split: Text = Field(default="train", description="Split of a hub dataset.")
@@ -65,6 +69,20 @@ class CalibrationSpec(Closed):
         default=None,
         description="Column that holds the text; left out: `text`, else the chats in `messages` or `conversations`.",
     )
+
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, value: str | None, info: ValidationInfo) -> str | None:
+        other = info.data.get("licence")
+        if None not in (value, other) and value != other:
+            message = "is {value} and licence is {other}; keep one"
+            raise PydanticCustomError("license", message, {"value": repr(value), "other": repr(other)})
+        return value
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence for a model with positions enough."""
+        return DEFAULT_LENGTH if self.sequence_length is None else self.sequence_length
 
     @field_validator("sha256")
     @classmethod
@@ -91,8 +109,10 @@ class EvaluateSpec(Closed):
         default="wikitext2",
         description="Text to measure on: a spec under calibration/, a path to one, or a path to a text or jsonl file.",
     )
-    sequence_length: Count = Field(
-        default=2048, ge=2, description="Tokens per window. Figures of two lengths are never comparable."
+    sequence_length: Annotated[Count, Field(ge=2)] | None = Field(
+        default=None,
+        description="Tokens per window; null takes 2048, or all positions of a model that has fewer. Figures of two "
+        "lengths are never comparable.",
     )
     windows: Count | None = Field(default=64, ge=1, description="Number of windows; null takes the whole text.")
     prompts: list[Text] | None = Field(

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import RecipeError
-from compress.model.arch import check_code, check_supported
+from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
-from compress.recipe.load import load_calibration_spec, load_evaluation_spec
+from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
+from compress.recipe.load import load_evaluation_spec
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
 from compress.stages import KINDS
 from compress.stages.contract import Plan
@@ -28,7 +29,8 @@ class RunPlan:
     Args:
         recipe: valid.
         base: its model; None where that is not here.
-        text: calibration text.
+        text: calibration text, with a length that the model has positions for.
+        windows: tokens of an evaluation's window, likewise.
         stages: a plan for each stage.
         warnings: a line each.
     """
@@ -36,6 +38,7 @@ class RunPlan:
     recipe: Recipe
     base: Checkpoint | None
     text: CalibrationSpec
+    windows: int
     stages: Sequence[Plan]
     warnings: Sequence[str]
 
@@ -74,8 +77,10 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
         RecipeError: what does not fit the model; all problems of all stages at once.
     """
     base = None if folder is None else _open(folder, recipe)
-    text = calibration_of(recipe)
-    warnings = [*_flattered(recipe, text), *([] if base is None else remarks(base))]
+    positions = None if base is None else positions_of(base.config)
+    text = fitted_calibration(recipe, positions)
+    windows = (recipe.evaluate and recipe.evaluate.sequence_length) or fitting_length(positions)
+    warnings = [*_flattered(recipe, text), *shortened(recipe, positions), *([] if base is None else remarks(base))]
     plans: list[Plan] = []
     shapes: Shapes | None = base
     for number, spec in enumerate(recipe.stages):
@@ -85,8 +90,8 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
     if problems:
         raise RecipeError(problems)
     if base is not None:
-        _check_lengths(recipe, base, text)
-    return RunPlan(recipe, base, text, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
+        _check_lengths(recipe, base, text, windows)
+    return RunPlan(recipe, base, text, windows, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
 
 
 def _open(folder: Path, recipe: Recipe) -> Checkpoint:
@@ -97,17 +102,11 @@ def _open(folder: Path, recipe: Recipe) -> Checkpoint:
     return base
 
 
-def _check_lengths(recipe: Recipe, base: Checkpoint, text: CalibrationSpec) -> None:
+def _check_lengths(recipe: Recipe, base: Checkpoint, text: CalibrationSpec, windows: int) -> None:
     if any(stage.calibrates for stage in recipe.stages):
-        check_length(base, text.sequence_length, "calibration.sequence_length")
+        check_length(base, text.length, "calibration.sequence_length")
     if recipe.evaluate is not None:
-        check_length(base, recipe.evaluate.sequence_length, "evaluate.sequence_length")
-
-
-def calibration_of(recipe: Recipe) -> CalibrationSpec:
-    """A recipe's calibration spec, read from its file where the recipe names one."""
-    spec = recipe.calibration
-    return spec if isinstance(spec, CalibrationSpec) else load_calibration_spec(spec, base=Path.cwd())
+        check_length(base, windows, "evaluate.sequence_length")
 
 
 def _flattered(recipe: Recipe, calibration: CalibrationSpec) -> list[str]:

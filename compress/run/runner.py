@@ -31,7 +31,7 @@ from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
 from compress.run.artefact import StageArtefact, check_output, check_work, is_work, keep_foreign, publish, work_folder
 from compress.run.measure import Measurement, prompts_of
-from compress.run.plan import RunPlan, calibration_of, plan_run
+from compress.run.plan import RunPlan, plan_run
 from compress.stages import KINDS
 from compress.stages.contract import Result
 from compress.system import distributed
@@ -293,7 +293,7 @@ class _Job:
         return Context(device, dtype, tokens, probe, self.reporter, recipe.trust_remote_code, self.max_memory)
 
     def _tokens(self, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
-        tokens = distributed.first(lambda: load_calibration(calibration_of(self.recipe), tokenizer))
+        tokens = distributed.first(lambda: load_calibration(self.planned.text, tokenizer))
         if tokens.sequences < distributed.world():
             raise UserError(
                 f"calibration: {tokens.sequences} sequences are fewer than the {distributed.world()} processes; "
@@ -306,7 +306,7 @@ class _Job:
 
     def _windows(self, spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
         """The evaluation's windows, read before the first stage: a text that can't be used stops the run at once."""
-        windows = load_windows(spec.text, tokenizer, sequence_length=spec.sequence_length, windows=spec.windows)
+        windows = load_windows(spec.text, tokenizer, sequence_length=self.planned.windows, windows=spec.windows)
         for warning in windows.warnings:
             self.reporter.warn(warning)
         return windows

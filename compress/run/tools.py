@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import ModelError
-from compress.model.arch import check_code, depth_of, width_of
+from compress.model.arch import check_code, depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
 from compress.model.shapes import check_length, check_vocabulary, model_dtype
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
+from compress.recipe.lengths import fitting_length
 from compress.records import Quality, read_record
 from compress.system.files import make_writable, writing
 from compress.system.progress import Reporter
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    base: str, candidate: Path, text: str, sequence_length: int, windows: int, device: str, work: Path,
+    base: str, candidate: Path, text: str, sequence_length: int | None, windows: int, device: str, work: Path,
     trust_remote_code: bool, reporter: Reporter,
 ) -> Quality:  # fmt: skip
-    """Compare a checkpoint with its original on a text.
+    """Compare a checkpoint with its original on a text; without a length, in windows that fit the original.
 
     Raises:
         UserError: a model or text that can't be used, or two models with different vocabularies.
@@ -49,6 +50,7 @@ def evaluate(
         raise ModelError(
             f"{candidate}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare"
         )
+    sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
     place = pick_device(device)
     tokens = load_windows(

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.data import documents, sources
 from compress.data.calibration import TokenSet, load_calibration, load_windows
 from compress.data.documents import Document, Record, Renderer, shuffle
-from compress.data.packing import collect_tokens, cut_sequences
+from compress.data.packing import collect_tokens, cut_sequences, text_prefix
 from compress.errors import CalibrationError
 from compress.recipe.load import load_calibration_spec
 from compress.recipe.schema import CalibrationSpec, bundled_dir
@@ -268,7 +268,8 @@ def test_conversations_use_the_chat_template_once(folder: Path, chat_tokenizer: 
     Path(f"c.{kind}").write_bytes(jsonl(rows) if kind == "jsonl" else parquet_bytes(rows))
     loaded = load_calibration(spec(f"c.{kind}"), chat_tokenizer)
     ids = chat_tokenizer(RENDERED, add_special_tokens=False)["input_ids"]  # no BOS before the template's own
-    assert loaded.tokens.flatten().tolist() == (ids * 10)[:64]
+    assert loaded.tokens[0].tolist() == (ids * 10)[:16]
+    assert loaded.tokens[1].tolist() == [ids[0], *(ids * 10)[16:31]]  # which starts within a conversation
     assert loaded.warnings == ()
 
 
@@ -292,7 +293,8 @@ def test_conversations_that_the_template_refuses_are_left_out(folder: Path, chat
     refused = {"messages": [{"role": "system", "content": "Be a fox."}, *ROLES]}
     Path("c.jsonl").write_bytes(jsonl([{"messages": ROLES}] * 9 + [refused]))
     loaded = load_calibration(spec("c.jsonl", samples=10**4, sequence_length=2), chat_tokenizer)
-    assert loaded.count == len(chat_tokenizer(RENDERED, add_special_tokens=False)["input_ids"]) * 9 // 2 * 2
+    texts = [i for i in chat_tokenizer(RENDERED, add_special_tokens=False)["input_ids"] if i != loaded.tokens[0, 0]]
+    assert loaded.tokens[:, 1].tolist() == texts * 9  # behind BOS each
     reason = "are left out because the chat template refuses them"
     assert loaded.warnings[1:] == (f"1 of 10 conversations {reason} (first: c.jsonl:10: no system role)",)
     Path("c.jsonl").write_bytes(jsonl([refused]))
@@ -301,6 +303,75 @@ def test_conversations_that_the_template_refuses_are_left_out(folder: Path, chat
     assert str(caught.value) == (
         f"c.jsonl: holds no text; name a source with more of it; 1 of 1 conversations {reason} "
         "(first: c.jsonl:1: no system role)"
+    )
+
+
+# What every sequence starts with
+
+
+def adding(single: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that puts special tokens around a text, such as `<|endoftext|> $A`."""
+    tokenizer = load_tokenizer()
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|endoftext|>", "the") if name in single]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+def test_the_prefix_is_what_the_tokenizer_does_not_what_it_says(tokenizer: Any) -> None:
+    bos, other = (tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "the"))
+    assert text_prefix(tokenizer) == []
+    assert text_prefix(adding("<|endoftext|> $A")) == [bos]
+    assert text_prefix(adding("$A <|endoftext|>")) == []
+    assert text_prefix(adding("<|endoftext|> the $A <|endoftext|>")) == [bos, other]
+    assert tokenizer.bos_token_id == bos  # which it has and adds nowhere
+
+
+@pytest.mark.parametrize("single", ["<|endoftext|> $A", "<|endoftext|> the $A", "<|endoftext|> $A <|endoftext|>"])
+def test_every_window_starts_as_the_tokenizer_starts_a_text(single: str) -> None:
+    """The text goes on where the window before ended: nothing of it is lost or twice."""
+    adds = adding(single)
+    text = unpacked(bundled_dir("calibration") / "text" / "wikitext2_raw_test.txt.gz")
+    bare, front = adds(text, add_special_tokens=False, verbose=False)["input_ids"], text_prefix(adds)
+    room = 128 - len(front)
+    loaded = load_windows("wikitext2", adds, sequence_length=128, windows=5)
+    assert loaded.tokens.tolist() == [front + bare[n * room : (n + 1) * room] for n in range(5)]
+    assert loaded.prefix == tuple(adds.convert_ids_to_tokens(front))
+    whole = load_windows("wikitext2", adds, sequence_length=128, windows=None)
+    ending = len(adds("a")["input_ids"]) - len(front) - 1
+    assert whole.sequences == (len(bare) + ending) // room
+
+
+def test_every_calibration_sequence_starts_with_bos_and_documents_keep_theirs(
+    folder: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    Path("s.jsonl").write_bytes(jsonl(STORIES))
+    loaded = load_calibration(spec("s.jsonl"), bos_tokenizer)
+    order = [record.content for record in shuffle([Record("", story) for story in STORIES], 0)]
+    stream, bos = sum(documents_of(bos_tokenizer, order), []), 0
+    expected = []
+    for _ in range(4):
+        taken = stream[:16] if stream[0] == bos else [bos, *stream[:15]]
+        stream = stream[16 if stream[0] == bos else 15 :]
+        expected.append(taken)
+    assert loaded.tokens.tolist() == expected
+    assert loaded.prefix == ("<|endoftext|>",)
+
+
+def test_a_sequence_that_starts_at_a_document_has_one_bos() -> None:
+    stream = torch.tensor([0, 5, 6, 7, 0, 8, 9, 10, 11])
+    assert cut_sequences(stream, 4, [0]).tolist() == [[0, 5, 6, 7], [0, 8, 9, 10]]
+    assert cut_sequences(stream, 3, [0]).tolist() == [[0, 5, 6], [0, 7, 0], [0, 8, 9], [0, 10, 11]]
+    assert cut_sequences(stream[1:], 3, [0, 1]).tolist() == [[0, 1, n] for n in (5, 6, 7, 0, 8, 9, 10, 11)]
+    assert cut_sequences(stream[:3], 4, [0]).shape == (0, 4)
+
+
+def test_a_prefix_that_leaves_no_room_is_refused(folder: Path) -> None:
+    Path("s.jsonl").write_bytes(jsonl(STORIES))
+    with pytest.raises(CalibrationError) as caught:
+        load_windows("s.jsonl", adding("<|endoftext|> the $A"), sequence_length=2, windows=1)
+    assert str(caught.value) == (
+        "sequence_length: 2 has no room for text behind the <|endoftext|> the that the tokenizer puts in front of it; "
+        "use 3 or more"
     )
 
 

@@ -1,11 +1,14 @@
 """Two checkpoints compared, a few tokens at a time: the figures of whole windows, without their logits in memory."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from command import invoke
 from random_models import load_stock, make_model, random_tokens
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from compress.data.calibration import TokenSet
 from compress.evaluate import divergence
@@ -55,6 +58,40 @@ def test_logits_are_bounded_and_the_figures_are_those_of_whole_windows(
             assert found[part][name] == pytest.approx(expected[part][name], rel=1e-5)
     assert found["kl_per_window"] == pytest.approx(expected["kl_per_window"], rel=1e-5)
     assert found["kl"]["mean"] > 1e-3
+
+
+@pytest.mark.parametrize("front", [1, 2])
+def test_what_the_tokenizer_puts_in_front_is_seen_and_not_scored(front: int, tmp_path: Path) -> None:
+    """The command's figures are those of stock transformers, on windows that are cut here."""
+    base = make_model(tmp_path / "base", "llama", torch.float32)
+    names, text = ["<|endoftext|>", "the"][:front], "The fox ran over the hills, and nobody saw it. " * 30
+    file = json.loads((base / "tokenizer.json").read_text())
+    ids = {name: file["model"]["vocab"][name] for name in names}
+    file["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            *({"SpecialToken": {"id": n, "type_id": 0}} for n in names),
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in ids.items()},
+    }
+    (base / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "t.txt").write_text(text)
+    bare = torch.tensor(AutoTokenizer.from_pretrained(base)(text, add_special_tokens=False)["input_ids"])
+    lost = torch.empty(0)
+    for window in bare[: 3 * (32 - front)].view(3, -1):
+        tokens = torch.cat([torch.tensor([*ids.values()]), window])
+        with torch.no_grad():
+            logits = load_stock(base, torch.float32)(tokens[None]).logits[0, front - 1 : -1]
+        lost = torch.cat([lost, torch.nn.functional.cross_entropy(logits, window, reduction="none")])
+    options = ["--text", tmp_path / "t.txt", "--sequence-length", 32, "--windows", 3, "--device", "cpu"]
+    done = invoke("eval", base, base, *options, "--work-dir", tmp_path / "work")
+    assert done.exit_code == 0, done.stderr
+    quality = json.loads(done.stdout)
+    assert quality["perplexity"]["base"] == pytest.approx(float(lost.mean().exp()), rel=1e-5)
+    assert quality["perplexity"]["tokens"] == lost.numel() == 3 * (32 - front)
+    assert f"each starts with {' '.join(names)}, as the tokenizer starts a text" in quality["protocol"]
 
 
 def test_damaged_logits_are_named_by_their_place_in_the_window() -> None:

@@ -139,6 +139,21 @@ def test_summary_equals_its_definitions() -> None:
     assert quality == summarise(stacked, dataset="wiki", sequence_length=32, dtype="float32")
 
 
+def test_the_protocol_says_what_a_window_starts_with() -> None:
+    bare = summarise(_windows(2, 31), dataset="wiki", sequence_length=32, dtype="float32")["protocol"]
+    assert bare.startswith(
+        "2 windows of 32 tokens from wiki, without overlap; the first token of a window is context only, the other 31 "
+        "are predicted. "
+    )
+    quality = summarise(_windows(2, 31), dataset="wiki", sequence_length=32, dtype="float32", prefix=("<bos>",))
+    assert quality["protocol"].startswith(
+        "2 windows of 32 tokens from wiki, without overlap; each starts with <bos>, as the tokenizer starts a text, "
+        "which is context only, the other 31 are predicted. "
+    )
+    two = summarise(_windows(2, 30), dataset="wiki", sequence_length=32, dtype="float32", prefix=("[gMASK]", "<sop>"))
+    assert "each starts with [gMASK] <sop>, as the" in two["protocol"] and two["perplexity"]["tokens"] == 2 * 30
+
+
 def test_one_window_has_no_interval() -> None:
     quality = summarise(_windows(1, 31), dataset="wiki", sequence_length=32, dtype="float32")
     assert quality["kl"]["ci95"] is None and quality["top1_agreement"]["ci95"] is None

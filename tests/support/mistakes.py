@@ -241,6 +241,11 @@ CASES = [
         "calibration.sequence_length: 4000 is more than the model's 1024 positions; use at most 1024",
     ),
     Case(
+        "calibration text with two licences",
+        lambda desk: desk.calibration("{source: text.txt, licence: MIT, license: CC0}"),
+        "recipe.yaml:3: calibration.license: is 'CC0' and licence is 'MIT'; keep one",
+    ),
+    Case(
         "windows longer than the model's, by validate",
         lambda desk: validate(desk.recipe("evaluate: false", "evaluate: {sequence_length: 4096}")),
         "evaluate.sequence_length: 4096 is more than the model's 1024 positions; use at most 1024",
@@ -356,7 +361,7 @@ CASES = [
     ),
     Case(
         "eval on windows that are too long",
-        lambda desk: ["eval", "model", "model", "--device", "cpu"],
+        lambda desk: ["eval", "model", "model", "--device", "cpu", "--sequence-length", "2048"],
         "--sequence-length: 2048 is more than the model's 1024 positions; use at most 1024",
     ),
     Case(

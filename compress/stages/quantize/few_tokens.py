@@ -56,7 +56,8 @@ def few_tokens(
         return []
     name = re.sub(r"\.\d+\.", ".*.", widest.name)
     fewer = "fewer than the" if tokens < inputs else f"fewer than {AMPLE:g} for each of the"
+    samples = math.ceil(AMPLE * inputs / sequence_length)
     return [
         f"calibration: {tokens} tokens are {fewer} {inputs} inputs of {name}, so they count for less and rounding "
-        f"stays less accurate than it could be; use samples: {math.ceil(AMPLE * inputs / sequence_length)} or more"
+        f"stays less accurate than it could be; use samples: {samples} or more"
     ]

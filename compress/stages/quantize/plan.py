@@ -50,14 +50,14 @@ def plan(
         check_cache(spec, shapes, where)
     except RecipeError as error:
         return Plan(shapes, problems=error.problems, warnings=warnings, splits=splits)
-    warnings += few_tokens(spec, matrices, text.samples * text.sequence_length, text.sequence_length)
-    found = estimate(spec, matrices, shapes, text.samples, text.sequence_length)
+    warnings += few_tokens(spec, matrices, text.samples * text.length, text.length)
+    found = estimate(spec, matrices, shapes, text.samples, text.length)
     kinds = ", ".join(sorted({matrix.kind for matrix in matrices}))
     lines = [
         ("stage", f"{spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}"),
         (
             "memory",
-            f"about {size(found.memory_bytes)} ({text.samples} x {text.sequence_length} calibration tokens)",
+            f"about {size(found.memory_bytes)} ({text.samples} x {text.length} calibration tokens)",
         ),
     ]
     modules, kind = find_modules(shapes), str(shapes.config.get("model_type"))
