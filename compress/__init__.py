@@ -1,3 +1,30 @@
-"""dscompress: make large language models small enough to ship, and prove what that cost."""
+"""dscompress: make large language models small enough to ship, and prove what that cost.
+
+The command line calls these, and so can a notebook; examples/ shows how:
+
+    compress.run(recipe, ...)                compress a model, verify the checkpoint, measure what it cost
+    compress.evaluate(base, candidate, ...)  perplexity, KL divergence and agreement of any two checkpoints
+    compress.verify(checkpoint, ...)         open it with the stock loader and with ours: what agrees, what differs
+    compress.inspect(checkpoint)             what it holds and how it was made
+
+They raise `compress.errors.DscompressError`, whose message is one line for people. Nothing heavy is imported before the
+first call.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.runs.runner import run
+    from compress.runs.tools import evaluate, inspect, verify
 
 __version__ = "0.1.0"
+__all__ = ["evaluate", "inspect", "run", "verify"]
+
+_WHERE = {"run": "runner", "evaluate": "tools", "inspect": "tools", "verify": "tools"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    return getattr(import_module(f"compress.runs.{_WHERE[name]}"), name)

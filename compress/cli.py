@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compress import __version__
+import compress
 from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed
 
@@ -85,7 +85,7 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let code
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"dscompress {__version__}")
+        print(f"dscompress {compress.__version__}")
         raise typer.Exit
 
 
@@ -143,9 +143,8 @@ def run(
         _print_plan(loaded, work, reporter)
         return
     from compress.report.write import speed_words, summary_table
-    from compress.run.runner import run as run_recipe
 
-    report = run_recipe(
+    report = compress.run(
         loaded, device=device, work_dir=work, fresh=fresh, max_memory=_bytes(max_memory), reporter=reporter
     )
     if report is None:
@@ -167,7 +166,7 @@ def validate(
     debug: DebugOption = False,
 ) -> None:
     """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
-    from compress.run.plan import plan_run
+    from compress.runs.plan import plan_run
 
     loaded = _load(recipe, overrides, model, output)
     folder = Path(loaded.model)
@@ -203,11 +202,12 @@ def eval(
     debug: DebugOption = False,
 ) -> None:
     """Compare two checkpoints: perplexity, KL divergence, top-1 agreement. Prints JSON."""
-    from compress.run.tools import evaluate
-
     reporter = _reporter(quiet, False)
     work = work_dir or Path.cwd() / ".dscompress"
-    quality = evaluate(base, candidate, text, sequence_length, windows, device, work, trust_remote_code, reporter)
+    quality = compress.evaluate(
+        base, candidate, text=text, sequence_length=sequence_length, windows=windows, device=device, work_dir=work,
+        trust_remote_code=trust_remote_code, reporter=reporter,
+    )  # fmt: skip
     print(quality.model_dump_json(indent=2))
 
 
@@ -219,10 +219,8 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Open a checkpoint with the stock loader and with ours, and compare: PASS, or what differs."""
-    from compress.run.tools import verify as verify_checkpoint
-
     _reporter(False, False)
-    checks = verify_checkpoint(checkpoint, device, trust_remote_code)
+    checks = compress.verify(checkpoint, device=device, trust_remote_code=trust_remote_code)
     for check in checks:
         word = {True: "ok  ", False: "FAIL", None: "-   "}[check.passed]
         print(f"{word} {check.name}: {check.detail}")
@@ -238,9 +236,7 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what a checkpoint holds: sizes, how each kind of matrix is stored, how it was made."""
-    from compress.run.tools import inspect as inspect_checkpoint
-
-    print("\n".join(inspect_checkpoint(checkpoint)))
+    print("\n".join(compress.inspect(checkpoint)))
 
 
 @recipes_app.command("list")
@@ -288,7 +284,7 @@ CacheArgument = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="The wor
 @cache_app.command("ls")
 def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """List what a work folder holds, with sizes."""
-    from compress.run.cache import cache_entries
+    from compress.runs.cache import cache_entries
 
     for entry in cache_entries(work_dir):
         print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.kind:<12} {entry.path.name}")
@@ -297,7 +293,7 @@ def cache_ls(work_dir: CacheArgument = Path(".dscompress")) -> None:
 @cache_app.command("clean")
 def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
     """Delete what a work folder holds; finished outputs stay."""
-    from compress.run.cache import clean_cache
+    from compress.runs.cache import clean_cache
 
     print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
 
@@ -305,8 +301,8 @@ def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
 def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -> None:
     """What a run would do; nothing is computed or written but a GGUF file's copy in the work folder."""
     from compress.model.source import resolve_model
-    from compress.run.artefact import check_output, check_work, work_folder
-    from compress.run.plan import plan_run
+    from compress.runs.artefact import check_output, check_work, work_folder
+    from compress.runs.plan import plan_run
 
     output = Path(recipe.output)
     check_output(output)

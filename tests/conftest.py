@@ -31,7 +31,7 @@ def _stock_base_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         from stock_here import asked_here  # here, so that the environment is set before anything is imported
 
-        patch.setattr("compress.evaluate.base.asked", asked_here)
+        patch.setattr("compress.evaluation.base.asked", asked_here)
         yield
 
 

@@ -146,7 +146,7 @@ def test_bundled_recipes_run(
     name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("compress.evaluate.speed._ROUNDS", 1)
+    monkeypatch.setattr("compress.evaluation.speed._ROUNDS", 1)
     smaller = ["calibration.samples=4", "calibration.sequence_length=128"]
     smaller += ["evaluate.sequence_length=128", "evaluate.windows=2", "evaluate.prompts=[]"]
     options = [option for value in smaller for option in ("--set", value)]

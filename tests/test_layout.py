@@ -18,8 +18,8 @@ HEAVY = ("torch", "transformers")
 # From the command down: a package imports what stands below it, and nothing beside it.
 LEVELS = (
     ("compress.cli", "compress.__init__"),
-    ("compress.run",),
-    ("compress.stages", "compress.evaluate", "compress.export", "compress.report"),
+    ("compress.runs",),
+    ("compress.stages", "compress.evaluation", "compress.export", "compress.report"),
     ("compress.loop", "compress.data", "compress.formats", "compress.quant", "compress.prune", "compress.train"),
     ("compress.recipe", "compress.model", "compress.kernels"),
     ("compress.system",),

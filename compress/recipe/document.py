@@ -11,7 +11,9 @@ Left out: YAML merge keys (`<<`), and keeping comments. Dates stay text: a recip
 look like one.
 """
 
+import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,6 +99,20 @@ class Document:
             raise RecipeError([f"{document.places[()].label}: {message}"])
         document.data = data
         return document
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Document":
+        """A document that nobody wrote to a file: a mapping of plain values, all at one place."""
+        document = cls(Path("recipe"), Path.cwd())
+        document.data = copy.deepcopy(dict(data))
+        document._note(document.data, ())
+        return document
+
+    def _note(self, value: Any, location: Location) -> None:
+        self.places[location] = Place(1, "recipe", self.folder)
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            self._note(child, (*location, key))
 
     def place(self, location: Location) -> Place:
         """Where the value at `location` was written, or else the nearest enclosing one that was."""

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +29,17 @@ DEFAULT_CALIBRATION = str(Recipe.model_fields["calibration"].default)
 
 
 def load_recipe(
-    reference: str, *, overrides: Sequence[str] = (), model: str | None = None, output: str | None = None
+    reference: str | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    output: str | None = None,
 ) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        reference: path of a YAML file, or the name of a bundled recipe with or without `.yaml`.
+        reference: path of a YAML file, or the name of a bundled recipe with or without `.yaml`; or its keys and values,
+            whose relative paths start at the current folder.
         overrides: `path=value` assignments such as `stages.0.bits=3`, applied in order.
         model: replaces the recipe's `model`.
         output: replaces the recipe's `output`.
@@ -42,9 +47,12 @@ def load_recipe(
     Raises:
         RecipeError: every problem found, a line each.
     """
-    path = _find_recipe(reference)
-    bundled = path.parent.resolve() == bundled_dir("recipes").resolve()
-    document = Document.read(path, Path.cwd() if bundled else path.parent)
+    if isinstance(reference, str):
+        path = _find_recipe(reference)
+        bundled = path.parent.resolve() == bundled_dir("recipes").resolve()
+        document = Document.read(path, Path.cwd() if bundled else path.parent)
+    else:
+        document = Document.of(reference)
     for assignment in overrides:
         if re.match(r"\s*calibration\s*[.\[]", assignment):
             _write_out_calibration(document)

@@ -3,15 +3,15 @@
     python tests/benchmarks/cpu_speed.py MODEL [CHECKPOINT ...] [--threads 2] [--rounds 3] [--prompt 512] [--new 64]
 
 What the report of a run with `format: torchao` says of base and result, for any number of checkpoints, with more tokens
-and rounds. All are computed in bf16 (compress/evaluate/stock.py); the table has medians and what they lie between.
+and rounds. All are computed in bf16 (compress/evaluation/stock.py); the table has medians and what they lie between.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
-from compress.evaluate.speed import measure
-from compress.evaluate.stock import Request, Timing
+from compress.evaluation.speed import measure
+from compress.evaluation.stock import Request, Timing
 from compress.system.machine import processor
 from compress.system.progress import Reporter
 

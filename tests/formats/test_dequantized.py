@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.errors import ModelError
-from compress.evaluate.verify import own_logits
+from compress.evaluation.verify import own_logits
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.model.checkpoint import Checkpoint
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.data.calibration import TokenSet
-from compress.evaluate import verify
+from compress.evaluation import verify
 from compress.formats.facts import bytes_on_disk, measured_bits, scale_dtype
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, read_part

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from compress.data.calibration import TokenSet
 from compress.errors import ModelError
-from compress.evaluate import verify
+from compress.evaluation import verify
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, read_part
 from compress.quant.grid import FakeQuantize
 from compress.recipe.quantize import WeightActivationStage
-from compress.run.tools import inspect
+from compress.runs.tools import inspect
 from compress.stages import layerwise as stage_module
 from compress.stages.quantize.solve import Solver
 from compress.system import extras

@@ -11,7 +11,7 @@ from stored import store, tensors_of
 from torch import Tensor
 
 from compress.errors import ModelError
-from compress.evaluate.verify import own_logits
+from compress.evaluation.verify import own_logits
 from compress.model.checkpoint import Checkpoint
 from compress.model.names import canonical_names
 from compress.model.shapes import check_depth, find_modules, is_tied, parameter_count, remarks

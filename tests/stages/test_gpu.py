@@ -42,7 +42,7 @@ def test_codes_on_the_gpu_are_those_of_the_cpu(symmetric: bool) -> None:
 
 def test_a_run_on_the_gpu_ends_verified(tiny_model: Path, tmp_path: Path) -> None:
     from compress.recipe.schema import Recipe
-    from compress.run.runner import run
+    from compress.runs.runner import run
     from compress.system.progress import Reporter
 
     recipe = Recipe.model_validate(

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import NumericalError, RecipeError
-from compress.evaluate import verify
+from compress.evaluation import verify
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, read_part

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError, RecipeError
-from compress.evaluate import verify
+from compress.evaluation import verify
 from compress.formats import w8a8 as eight_bit
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop import stream as stream_module
@@ -36,7 +36,7 @@ from compress.quant.gptq import round_to_nearest
 from compress.quant.grid import FakeQuantize, Grid
 from compress.recipe.quantize import MethodOverride, WeightActivationStage
 from compress.records import Stage
-from compress.run.tools import inspect
+from compress.runs.tools import inspect
 from compress.stages import layerwise as stage_module
 from compress.stages.quantize.activations import ActivationScales
 from compress.stages.quantize.cache_plan import check_cache

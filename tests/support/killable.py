@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(
         "accelerate",
         "compress.report.plots",
         "compress.report.write",
-        "compress.run.runner",
+        "compress.runs.runner",
         "compress.stages.quantize.run",
         "transformers.models.llama.modeling_llama",
     ]
@@ -107,7 +107,7 @@ def _work(
     environment: dict[str, str],
 ) -> None:
     from compress.cli import main
-    from compress.evaluate import base
+    from compress.evaluation import base
 
     base.asked = asked_here
     os.environ.update(environment)

@@ -6,18 +6,18 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 
-from compress.evaluate.stock import Answer, Request, _continue
+from compress.evaluation.stock import Answer, Request, _continue
 
 
 @contextmanager
 def asked_here(request: Request) -> Iterator[Callable[[], Answer]]:
-    """`compress.evaluate.stock.asked`."""
+    """`compress.evaluation.stock.asked`."""
     answer = ask_here(request)
     yield lambda: answer
 
 
 def ask_here(request: Request) -> Answer:
-    """`compress.evaluate.stock.ask` for logits and continuations on a CPU."""
+    """`compress.evaluation.stock.ask` for logits and continuations on a CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logits = None

@@ -11,12 +11,12 @@ from command import invoke
 from desk import RUN, Desk
 from random_models import load_stock, make_model, random_tokens
 
-from compress.evaluate import verify
-from compress.evaluate.stock import Answer, Request, _failed
+from compress.evaluation import verify
+from compress.evaluation.stock import Answer, Request, _failed
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.schema import Recipe
 from compress.records import Report
-from compress.run.runner import run
+from compress.runs.runner import run
 from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from compress.data.calibration import TokenSet
-from compress.evaluate import divergence
-from compress.evaluate.compare import compare
-from compress.evaluate.divergence import TokenDivergence, summarise, token_divergence
+from compress.evaluation import divergence
+from compress.evaluation.compare import compare
+from compress.evaluation.divergence import TokenDivergence, summarise, token_divergence
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream

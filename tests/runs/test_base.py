@@ -29,7 +29,7 @@ stages:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("compress.evaluate.verify.ask", ask_here)
+    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets.\n" * 60)
     (tmp_path / "recipe.yaml").write_text(RECIPE)

@@ -11,10 +11,10 @@ from random_models import load_stock, make_model
 from stock_here import ask_here
 
 from compress.errors import DscompressError, ModelError, VerificationError
-from compress.evaluate import base as base_module
-from compress.evaluate import stock
-from compress.evaluate.base import check_base, continuations
-from compress.evaluate.stock import Answer, Request
+from compress.evaluation import base as base_module
+from compress.evaluation import stock
+from compress.evaluation.base import check_base, continuations
+from compress.evaluation.stock import Answer, Request
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.system.progress import Reporter

@@ -6,7 +6,7 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ import torch
 from compress import records
 from compress.data.calibration import TokenSet, load_calibration, load_windows
 from compress.errors import DscompressError, OutputError, UserError
-from compress.evaluate.base import check_base
-from compress.evaluate.stock import started_ahead
-from compress.evaluate.verify import probe_of, probe_tokens
+from compress.evaluation.base import check_base
+from compress.evaluation.stock import started_ahead
+from compress.evaluation.verify import probe_of, probe_tokens
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import DIGESTS, identity
@@ -29,9 +29,9 @@ from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
-from compress.run.artefact import StageArtefact, check_output, check_work, is_work, keep_foreign, publish, work_folder
-from compress.run.measure import Measurement, prompts_of
-from compress.run.plan import RunPlan, plan_run
+from compress.runs.artefact import StageArtefact, check_output, check_work, is_work, keep_foreign, publish, work_folder
+from compress.runs.measure import Measurement, prompts_of
+from compress.runs.plan import RunPlan, plan_run
 from compress.stages import KINDS
 from compress.stages.contract import Result
 from compress.system import distributed
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     overrides: Sequence[str] = (),
     model: str | None = None,
@@ -63,7 +63,7 @@ def run(
     The same call continues a run that was stopped, and repeats nothing that is finished.
 
     Args:
-        recipe: a recipe, the path of one, or the name of a bundled one.
+        recipe: a recipe, its keys and values, its path, or the name of a bundled one.
         overrides: `path=value` assignments such as `stages.0.bits=3`.
         model: replaces the recipe's.
         output: replaces the recipe's.
@@ -81,9 +81,9 @@ def run(
         DscompressError: a run that failed otherwise.
     """
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(
-            str(recipe), overrides=overrides, model=model, output=None if output is None else str(output)
-        )
+        reference = recipe if isinstance(recipe, Mapping) else str(recipe)
+        where = None if output is None else str(output)
+        recipe = load_recipe(reference, overrides=overrides, model=model, output=where)
     work = None if work_dir is None else Path(work_dir).absolute()
     job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
     with job.in_its_place(), _fitting(), ExitStack() as kept:

@@ -13,8 +13,8 @@ from command import invoke
 from quantized import quantize
 from random_models import make_model, random_tokens
 
-from compress.evaluate import speed, stock, verify
-from compress.evaluate.stock import Answer, Request, Timing
+from compress.evaluation import speed, stock, verify
+from compress.evaluation.stock import Answer, Request, Timing
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightActivationStage
@@ -78,7 +78,7 @@ def test_a_process_of_its_own_measures(base: Checkpoint, monkeypatch: pytest.Mon
     ballast = torch.ones(300_000_000)
     answer = stock.ask(Request(str(base.folder), "cpu", "bfloat16", timing=Timing(16, 4, 1)))
     assert answer.failure is None and answer.pace is not None and answer.continuations == []
-    assert len(started) == 1 and started[0][-1] == "compress.evaluate.stock"
+    assert len(started) == 1 and started[0][-1] == "compress.evaluation.stock"
     figures = answer.pace
     assert figures.pop("waited") >= 0 and len(figures) == 4 and min(figures.values()) > 0
     assert 50e6 < figures["loaded_bytes"] <= figures["peak_bytes"] < ballast.nbytes

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from compress import records
 from compress.data.calibration import TokenSet
-from compress.evaluate.base import continuations
-from compress.evaluate.compare import CODE_VERSION, compare
-from compress.evaluate.speed import compare_speed
-from compress.evaluate.verify import verify_logits
+from compress.evaluation.base import continuations
+from compress.evaluation.compare import CODE_VERSION, compare
+from compress.evaluation.speed import compare_speed
+from compress.evaluation.verify import verify_logits
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.facts import facts_of
 from compress.loop.context import Context

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from compress.evaluate.stock import Request, Timing, ask
+from compress.evaluation.stock import Request, Timing, ask
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.model.arch import positions_of

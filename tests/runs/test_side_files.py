@@ -9,7 +9,7 @@ from random_models import make_model
 from stock_here import ask_here
 from transformers import AutoTokenizer
 
-from compress.evaluate.stock import Request
+from compress.evaluation.stock import Request
 from compress.model.side_files import side_files
 from compress.records import read_record
 from compress.system.fingerprint import sha256
@@ -28,7 +28,7 @@ MORE = "additional_chat_templates"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("verify", "base"):
-        monkeypatch.setattr(f"compress.evaluate.{module}.ask", ask_here)
+        monkeypatch.setattr(f"compress.evaluation.{module}.ask", ask_here)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets.\n" * 60)
     (tmp_path / "recipe.yaml").write_text(RECIPE)

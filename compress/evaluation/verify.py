@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.evaluate.compare import open_view
-from compress.evaluate.stock import Request, ask
+from compress.evaluation.compare import open_view
+from compress.evaluation.stock import Request, ask
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint

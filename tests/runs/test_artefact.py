@@ -9,9 +9,9 @@ import torch
 from small_model import TRAINED, write_model
 
 from compress.records import Probe, Stage
-from compress.run import artefact as artefact_module
-from compress.run.artefact import StageArtefact
-from compress.run.cache import cache_entries, clean_cache
+from compress.runs import artefact as artefact_module
+from compress.runs.artefact import StageArtefact
+from compress.runs.cache import cache_entries, clean_cache
 from compress.stages.contract import Result
 
 BASE = TRAINED  # what the stage starts from

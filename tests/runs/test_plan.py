@@ -21,7 +21,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import check_length, check_vocabulary, find_modules, parameter_count
 from compress.recipe.quantize import Override, WeightActivationStage, WeightOnlyStage
 from compress.recipe.schema import Recipe
-from compress.run.plan import plan_run
+from compress.runs.plan import plan_run
 from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.plan import estimate, plan_matrices
 from compress.system.progress import Reporter

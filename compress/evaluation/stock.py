@@ -3,7 +3,7 @@
 Another process, because the stock loader holds the whole model and dscompress never does, and because nothing of
 dscompress can then have a hand in what is loaded.
 
-    python -m compress.evaluate.stock < PATH_OF_REQUEST
+    python -m compress.evaluation.stock < PATH_OF_REQUEST
 """
 
 import json
@@ -102,7 +102,7 @@ def started_ahead() -> Iterator[None]:
 
 
 def _start() -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "compress.evaluate.stock"]
+    command = [sys.executable, "-m", "compress.evaluation.stock"]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone()
     )

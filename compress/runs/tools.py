@@ -17,15 +17,34 @@ from compress.system.files import make_writable, writing
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
-    from compress.evaluate.verify import Check
+    from compress.evaluation.verify import Check
     from compress.quant.grid import FakeQuantize, Grid
 
 
 def evaluate(
-    base: str, candidate: Path, text: str, sequence_length: int | None, windows: int, device: str, work: Path,
-    trust_remote_code: bool, reporter: Reporter,
-) -> Quality:  # fmt: skip
-    """Compare a checkpoint with its original on a text; without a length, in windows that fit the original.
+    base: str | Path,
+    candidate: str | Path,
+    *,
+    text: str = "wikitext2",
+    sequence_length: int | None = None,
+    windows: int | None = 64,
+    device: str = "auto",
+    work_dir: str | Path = ".dscompress",
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Quality:
+    """Compare a checkpoint with its original on a text: perplexity, KL divergence, agreement.
+
+    Args:
+        base: the original: a folder, hub id or GGUF file.
+        candidate: a checkpoint folder, dense or quantized, whoever wrote it.
+        text: a text or jsonl file, or a bundled text.
+        sequence_length: tokens per window; None is 2048, or as many as the base has positions.
+        windows: how many; None takes the whole text.
+        device: "auto", "cpu", "cuda" or "cuda:<n>".
+        work_dir: folder in which what the base gives is kept, for the next comparison.
+        trust_remote_code: let code that comes with the models run.
+        reporter: told what happens; None says it on standard error.
 
     Raises:
         UserError: a model or text that can't be used, or two models with different vocabularies.
@@ -33,16 +52,17 @@ def evaluate(
     import torch
 
     from compress.data.calibration import load_windows
-    from compress.evaluate.base import check_base
-    from compress.evaluate.compare import compare
-    from compress.evaluate.verify import probe_tokens
+    from compress.evaluation.base import check_base
+    from compress.evaluation.compare import compare
+    from compress.evaluation.verify import probe_tokens
     from compress.formats.dequantized import DequantizedCheckpoint
     from compress.loop.context import Context
     from compress.system.compute import pick_device, pick_dtype
 
-    original = Checkpoint(resolve_model(base, None, work, reporter.say))
-    result = Checkpoint(candidate)
-    check_code(original.config, base, trust_remote_code)
+    reporter, work = reporter or Reporter(), Path(work_dir).absolute()
+    original = Checkpoint(resolve_model(str(base), None, work, reporter.say))
+    result = Checkpoint(Path(candidate))
+    check_code(original.config, str(base), trust_remote_code)
     check_code(result.config, str(candidate), trust_remote_code)
     views = DequantizedCheckpoint(original), DequantizedCheckpoint(result)
     sizes = [c.config.get("vocab_size") for c in (original, result)]
@@ -71,40 +91,49 @@ def evaluate(
     return Quality.model_validate(quality)
 
 
-def verify(checkpoint: Path, device: str, trust_remote_code: bool) -> "list[Check]":
+def verify(checkpoint: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> "list[Check]":
     """Check that a checkpoint opens and says what it should, in the precision of its record.
+
+    Args:
+        checkpoint: its folder.
+        device: "auto", "cpu", "cuda" or "cuda:<n>".
+        trust_remote_code: let code that comes with the model run.
+
+    Returns:
+        What was looked at: its files, the record of what was computed, the stock loader.
 
     Raises:
         ModelError: a damaged folder.
     """
     import torch
 
-    from compress.evaluate.verify import verify_checkpoint
+    from compress.evaluation.verify import verify_checkpoint
     from compress.system.compute import pick_device, pick_dtype
 
-    check_code(Checkpoint(checkpoint).config, str(checkpoint), trust_remote_code)
+    folder = Path(checkpoint)
+    check_code(Checkpoint(folder).config, str(checkpoint), trust_remote_code)
     place = pick_device(device)
-    record = read_record(checkpoint)
+    record = read_record(folder)
     dtype = getattr(torch, record.probe.dtype) if record else pick_dtype(place, torch.bfloat16)
-    return verify_checkpoint(checkpoint, place, dtype, trust_remote_code)
+    return verify_checkpoint(folder, place, dtype, trust_remote_code)
 
 
-def inspect(folder: Path) -> list[str]:
-    """Lines that describe a checkpoint.
+def inspect(checkpoint: str | Path) -> list[str]:
+    """Lines that describe a checkpoint: sizes, how each kind of matrix is stored, how it was made.
 
     Raises:
         ModelError: a damaged folder.
     """
     from compress.formats.dequantized import DequantizedCheckpoint
 
-    checkpoint = Checkpoint(folder)
-    config, view = checkpoint.config, DequantizedCheckpoint(checkpoint)
+    folder = Path(checkpoint)
+    opened = Checkpoint(folder)
+    config, view = opened.config, DequantizedCheckpoint(opened)
     lines = [
         f"{folder}",
         f"model      {config.get('model_type')}, {depth_of(config)} layers, "
         f"hidden {width_of(config)}, vocabulary {config.get('vocab_size')}",
-        f"files      {len(checkpoint.files)} safetensors, {checkpoint.bytes:,} bytes, "
-        f"{len(checkpoint.tensors)} tensors",
+        f"files      {len(opened.files)} safetensors, {opened.bytes:,} bytes, {len(opened.tensors)} tensors",
     ]
     kinds: Counter[tuple[str, str]] = Counter()
     for name in view.tensors:

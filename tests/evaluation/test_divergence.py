@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import ModelError, NumericalError
-from compress.evaluate.divergence import TokenDivergence, bootstrap_interval, summarise, token_divergence
+from compress.evaluation.divergence import TokenDivergence, bootstrap_interval, summarise, token_divergence
 from compress.records import Quality
 
 ROW_BYTES = 3 * 4  # per vocabulary entry

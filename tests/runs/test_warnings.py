@@ -13,7 +13,7 @@ from desk import TEXT
 from small_model import random_weights, write_model
 
 from compress.recipe.load import load_recipe
-from compress.run.plan import plan_run
+from compress.runs.plan import plan_run
 
 FLATTERED = "are the same text"
 HEAD = "quantized head"

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from compress.errors import ModelError, NumericalError, VerificationError
-from compress.evaluate.stock import NEW_TOKENS, Answer, Request, ask, asked
-from compress.evaluate.verify import stock_refusal, stream_logits, tolerance_of
+from compress.evaluation.stock import NEW_TOKENS, Answer, Request, ask, asked
+from compress.evaluation.verify import stock_refusal, stream_logits, tolerance_of
 from compress.loop.context import Context
 from compress.loop.finite import all_finite
 from compress.loop.stream import LayerStream

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.data.calibration import TokenSet
-from compress.evaluate.divergence import TokenDivergence, rows_at_once, summarise, token_divergence
+from compress.evaluation.divergence import TokenDivergence, rows_at_once, summarise, token_divergence
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream

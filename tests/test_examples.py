@@ -1,0 +1,64 @@
+"""Every script under examples/ runs, as a user would run it, on a model that is small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def run(name: str, *arguments: object, **environment: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def chats(file: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Who lived in town {n}?"}, {"role": "assistant", "content": TEXT}]}
+        for n in range(300)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+TEXT = "The old library stood at the corner of two quiet streets, and its door was never locked. " * 8
+
+
+def test_all_are_run_here() -> None:
+    assert set(EXAMPLES) == {"eight_billion.py", "own_chats.py", "python_api.py", "walk.py"}
+
+
+def test_python_api(tmp_path: Path, tiny_model: Path) -> None:
+    printed = run("python_api.py", tiny_model, tmp_path / "out")
+    assert "KL divergence" in printed and "perplexity" in printed and "stock loader: " in printed
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_own_chats(tmp_path: Path, tiny_model: Path) -> None:
+    printed = run("own_chats.py", tiny_model, chats(tmp_path / "chats.jsonl"), tmp_path / "out")
+    assert "calibrated on " in printed and " x 512 tokens of chats.jsonl" in printed
+
+
+def test_eight_billion(tmp_path: Path, tiny_model: Path) -> None:
+    printed = run("eight_billion.py", tiny_model, tmp_path / "out")
+    assert "largest logit difference 0.0" in printed
+
+
+def test_walk(tmp_path: Path, tiny_model: Path) -> None:
+    printed = run("walk.py", tiny_model, tmp_path)
+    sizes = [line for line in printed.splitlines() if "times smaller" in line]
+    assert [line.split(":")[0].strip() for line in sizes] == ["rounded", "gptq", "int8"]
+    assert "between the two: KL " in printed
+    assert len(list((tmp_path / ".dscompress" / "stages").glob("*.lock"))) == 3
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_its_docstring_says_how_to_run_it(name: str) -> None:
+    assert f"python examples/{name} " in (ROOT / "examples" / name).read_text()
