@@ -185,7 +185,6 @@ def test_lengths_and_vocabularies_beyond_the_model(small: Checkpoint) -> None:
     ("config", "said"),
     [
         ({"num_hidden_layers": 3}, "config.json says 3 layers, the weights have 2"),
-        ({"num_experts": 8}, "mixture of experts"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is no decoder-only language model"),
     ],
