@@ -13,7 +13,7 @@ report = compress.run(
     {
         "name": "my_model_int4",
         "model": model,  # a folder, a hub id, a .gguf file, or package:NAME/FILE.gguf
-        "calibration": {"source": "general_en_small", "samples": 32, "sequence_length": 512},
+        "calibration": "general_en_small",  # bundled; or {"source": "texts.jsonl", "samples": 128, ...}
         "stages": [{"kind": "quantize", "method": "gptq", "bits": 4, "group_size": 64}],
         "evaluate": {"text": "wikitext2", "sequence_length": 512, "windows": 16},
         "output": output,

@@ -16,7 +16,7 @@ print("\n".join(compress.inspect(model)))
 # %% Three ways to make it smaller. The text, the calibration and the evaluation are the same, so they can be compared.
 common = {
     "model": model,
-    "calibration": {"source": "general_en_small", "samples": 16, "sequence_length": 256},
+    "calibration": "general_en_small",
     "evaluate": {"text": "wikitext2", "sequence_length": 256, "windows": 16, "prompts": []},
 }
 ways = {

@@ -47,7 +47,9 @@ def test_own_chats(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_eight_billion(tmp_path: Path, tiny_model: Path) -> None:
-    printed = run("eight_billion.py", tiny_model, tmp_path / "out")
+    small = ["calibration.samples=8", "calibration.sequence_length=128", "stages.0.group_size=64"]
+    small += ["evaluate={sequence_length: 128, windows: 2}"]
+    printed = run("eight_billion.py", tiny_model, tmp_path / "out", *small)
     assert "largest logit difference 0.0" in printed
 
 

@@ -36,13 +36,13 @@ def evaluate(
     """Compare a checkpoint with its original on a text: perplexity, KL divergence, agreement.
 
     Args:
-        base: the original: a folder, hub id or GGUF file.
+        base: a folder, hub id or GGUF file.
         candidate: a checkpoint folder, dense or quantized, whoever wrote it.
         text: a text or jsonl file, or a bundled text.
         sequence_length: tokens per window; None is 2048, or as many as the base has positions.
         windows: how many; None takes the whole text.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
-        work_dir: folder in which what the base gives is kept, for the next comparison.
+        work_dir: where what the base gives is kept, for the next comparison.
         trust_remote_code: let code that comes with the models run.
         reporter: told what happens; None says it on standard error.
 
@@ -61,15 +61,8 @@ def evaluate(
 
     reporter, work = reporter or Reporter(), Path(work_dir).absolute()
     original = Checkpoint(resolve_model(str(base), None, work, reporter.say))
-    result = Checkpoint(Path(candidate))
+    views = DequantizedCheckpoint(original), DequantizedCheckpoint(_candidate(candidate, original, trust_remote_code))
     check_code(original.config, str(base), trust_remote_code)
-    check_code(result.config, str(candidate), trust_remote_code)
-    views = DequantizedCheckpoint(original), DequantizedCheckpoint(result)
-    sizes = [c.config.get("vocab_size") for c in (original, result)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"{candidate}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare"
-        )
     sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
     place = pick_device(device)
@@ -89,6 +82,16 @@ def evaluate(
             check_base(original, base_id, context, work / "evaluations")
         quality = compare(*views, tokens, context, work / "evaluations", base_id)
     return Quality.model_validate(quality)
+
+
+def _candidate(folder: str | Path, base: Checkpoint, trust_remote_code: bool) -> Checkpoint:
+    """What is compared with the base, if it can be."""
+    found = Checkpoint(Path(folder))
+    check_code(found.config, str(folder), trust_remote_code)
+    sizes = [each.config.get("vocab_size") for each in (base, found)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(f"{folder}: its vocabulary has {sizes[1]} tokens, the base's {sizes[0]}; nothing to compare")
+    return found
 
 
 def verify(checkpoint: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> "list[Check]":
