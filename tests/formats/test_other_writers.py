@@ -345,11 +345,12 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     ),
     "a width": (
         compressed(group(arguments(strategy="group", group_size=0), BY_TOKEN)),
-        "quantization_config.config_groups.group_0.weights: strategy group requires group_size to be set to a positive ",
+        "quantization_config.config_groups.group_0.weights: strategy group requires group_size to be set to a ",
     ),
     "a pattern": (compressed(OURS | {"targets": ["re:(Linear"]}), "quantization_config: missing ), unterminated sub"),
     "gptq bits": (
-        {"quant_method": "gptq", "format": "gptq", "bits": "4"}, "quantization_config: bits '4', group_size -1, which can't be read here",
+        {"quant_method": "gptq", "format": "gptq", "bits": "4"},
+        "quantization_config: bits '4', group_size -1, which can't be read here",
     ),
     "gptq rules": (
         {"quant_method": "gptq", "format": "gptq", "bits": 4, "dynamic": ["-:x"]},
