@@ -126,7 +126,8 @@ def test_the_report_counts_what_is_on_disk(finished_run: FinishedRun, tiny_model
 
 def test_quiet_prints_results_alone(finished_run: FinishedRun) -> None:
     result = invoke(*finished_run.arguments, "-q")
-    assert (result.exit_code, result.stderr) == (0, "")
+    warnings = "".join(f"warning: {line}\n" for line in finished_run.report["warnings"])
+    assert (result.exit_code, result.stderr) == (0, warnings)
     assert result.stdout == finished_run.stdout
 
 

@@ -117,6 +117,12 @@ class DequantizedCheckpoint:
                     self.grids[module] = form.describe(infos, shapes.get(f"{module}.weight_shape", ()), scheme)
                 except ModelError as error:
                     raise self._error(module, error) from None
+                except (
+                    ValueError,
+                    IndexError,
+                    ZeroDivisionError,
+                ) as error:  # of another number of dimensions, or empty
+                    raise self._error(module, "has tensors of impossible shapes; get the files again") from error
                 self._formats[module], self._schemes[module] = form, scheme
                 rest = {part: info for part, info in infos.items() if part not in form.parts}
                 self.tensors[f"{module}.weight"] = infos.get("weight", infos[form.parts[0]])

@@ -108,11 +108,35 @@ def _codes_and_zero(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, T
     return codes, zero.contiguous()
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose values can't be read.
+
+    Raises:
+        ModelError: naming the value.
+    """
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(isinstance(each, Mapping) for each in rules.values()):
+        raise ModelError(f"quantization_config.dynamic: {rules!r} is no object of objects; get config.json again")
+    for rule in rules:
+        try:
+            re.compile(_pattern(rule))
+        except re.error as error:
+            raise ModelError(f"quantization_config.dynamic: {rule!r} is no pattern ({error})") from error
+    for scheme in ({**config, **each} for each in ({}, *rules.values())):
+        bits, size = scheme.get("bits"), scheme.get("group_size", -1)
+        if bits not in (2, 3, 4, 8) or not isinstance(size, int) or not (size == -1 or size > 0):
+            raise ModelError(f"quantization_config: bits {bits!r}, group_size {size!r}, which can't be read here")
+
+
+def _pattern(rule: str) -> str:
+    return rule.removeprefix("+:").removeprefix("-:")
+
+
 def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
     """What a config says of a module, with the first of its `dynamic` rules that matches; None: it stays dense."""
     names = also_called(module)
     for rule, changes in (config.get("dynamic") or {}).items():
-        if any(re.match(rule.removeprefix("+:").removeprefix("-:"), name) for name in names):
+        if any(re.match(_pattern(rule), name) for name in names):
             return None if rule.startswith("-:") else {**config, **changes}
     return config
 
@@ -131,13 +155,13 @@ def describe(infos: Infos, _: Sequence[int], scheme: Scheme) -> Grid:
     if missing:
         raise ModelError(f"has no {missing[0]}; get the files again")
     words, (groups, rows), order = infos["qweight"].shape[0], infos["scales"].shape, infos.get("g_idx")
-    said, size = scheme.get("bits"), scheme.get("group_size", -1)
-    if order is None and (scheme.get("desc_act") or not isinstance(said, int)):
+    said, size = scheme["bits"], scheme.get("group_size", -1)
+    if order is None and scheme.get("desc_act"):
         raise ModelError("has no g_idx, without which its activation order (desc_act) is lost; get the files again")
-    columns = words * 32 // int(said or 1) if order is None else order.shape[0]
+    columns = words * 32 // said if order is None else order.shape[0]
     bits = words * 32 // columns
-    width = columns if size in (None, -1) else size
-    if said not in (None, bits) or groups != -(-columns // width):
+    width = columns if size == -1 else size
+    if said != bits or groups != -(-columns // width):
         raise ModelError(
             f"holds {bits} bits in {groups} groups of {columns} inputs, config.json says {said} bits, group_size "
             f"{size}; get both from the same place"

@@ -8,6 +8,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from compressed_tensors import __version__
+from compressed_tensors.quantization import QuantizationConfig
+from pydantic import ValidationError
+
 from compress.errors import ModelError
 from compress.formats.base import Scheme
 from compress.formats.facts import FLOAT_QUANTIZED, INT_QUANTIZED, PACK_QUANTIZED, READABLE
@@ -42,10 +46,11 @@ class Schemes:
             inside = config.get(key) or {}
             if inside and inside.get("format", "") != "dense" and any(inside.values()):
                 raise ModelError(f"a {key} in its quantization_config, which is not simulated here")
-        self._groups: dict[str, Scheme] = config.get("config_groups") or {}
-        self._ignore: list[str] = config.get("ignore") or []
+        parsed = _parsed(config)
+        self._groups: dict[str, Scheme] = {name: group.model_dump() for name, group in parsed.config_groups.items()}
+        self._ignore = list(parsed.ignore or [])
         self.dense = bool(config.get("dequantize")) or config.get("run_compressed") is False
-        self.cache: Scheme | None = config.get("kv_cache_scheme")
+        self.cache: Scheme | None = parsed.kv_cache_scheme.model_dump() if parsed.kv_cache_scheme else None
         for name, group in self._groups.items():
             self._check_group(f"config_groups.{name}", group)
         if self.cache is not None:
@@ -57,9 +62,7 @@ class Schemes:
             )
 
     def _check_group(self, where: str, group: Scheme) -> None:
-        if not isinstance(group, Mapping):
-            raise ModelError(f"a preset in {where}, which is not read here; write its scheme out")
-        classes = [t for t in group.get("targets") or [] if re.fullmatch(r"[A-Z]\w*", t) and t not in _CLASSES]
+        classes = [t for t in group["targets"] if re.fullmatch(r"[A-Z]\w*", t) and t not in _CLASSES]
         if classes:
             raise ModelError(f"quantized are {', '.join(classes)} ({where}.targets), which is not simulated here")
         layout = group.get("format") or self._default
@@ -91,7 +94,7 @@ class Schemes:
             return None
         found = []
         for group in self._groups.values():
-            for target in group.get("targets") or []:
+            for target in group["targets"]:
                 if target in _CLASSES:
                     found.append((2, target, group))
                 elif any(_matches(name, target) for name in names):
@@ -110,6 +113,22 @@ def _matches(name: str, pattern: str) -> bool:
     return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
 
 
+def _parsed(config: Mapping[str, Any]) -> QuantizationConfig:
+    """The config as compressed-tensors understands it, with its defaults."""
+    try:
+        parsed = QuantizationConfig.model_validate(config)
+        for pattern in [*(parsed.ignore or []), *(t for group in parsed.config_groups.values() for t in group.targets)]:
+            re.compile(pattern.removeprefix("re:"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(part for part in map(str, first["loc"]) if re.fullmatch("[a-z0-9_]+", part))  # no classes
+        said = first["msg"].removeprefix("Value error, ")
+        raise ModelError(f"quantization_config.{place}: {said} (compressed-tensors {__version__})") from error
+    except (NotImplementedError, ValueError, re.error) as error:
+        raise ModelError(f"quantization_config: {error} (compressed-tensors {__version__})") from error
+    return parsed
+
+
 def _check(arguments: Scheme, where: str, allowed: Mapping[str, Collection[Any]], symmetric: bool = True) -> None:
     """Refuse arguments of a quantization that are none of those allowed.
 
@@ -119,18 +138,9 @@ def _check(arguments: Scheme, where: str, allowed: Mapping[str, Collection[Any]]
         allowed: values by key.
         symmetric: whether zero points are refused.
     """
-    defaults = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": _strategy(arguments), "dynamic": False}
-    wanted = dict(allowed) | ({"symmetric": (True,)} if symmetric else {})
-    for key, values in (wanted | {"scale_dtype": (None,)}).items():
-        value = arguments.get(key, defaults.get(key))
-        value = defaults.get(key) if value is None else value
-        if value not in values:
+    wanted = dict(allowed) | ({"symmetric": (True,)} if symmetric else {}) | {"scale_dtype": (None,)}
+    for key, values in wanted.items():
+        if (value := arguments.get(key)) not in values:
             readable = " or ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in values)
             shown = str(value).lower() if isinstance(value, bool) else value
             raise ModelError(f"{where}.{key}: {shown}, which is not simulated here (only {readable})")
-
-
-def _strategy(arguments: Scheme) -> str:
-    """What the library takes where a config names none."""
-    size = arguments.get("group_size")
-    return "tensor" if size is None else "channel" if size == -1 else "group"

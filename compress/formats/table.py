@@ -58,6 +58,8 @@ def _gptq(config: Mapping[str, Any]) -> Lookup:
     if config.get("is_marlin_format"):
         raise ModelError("quantized as gptq, is_marlin_format, which can't be read here")
 
+    gptq.check_config(config)
+
     def find(module: str) -> tuple[Format, Scheme] | None:
         scheme = gptq.scheme_of(config, module)
         return None if scheme is None else (gptq.FORMAT, scheme)

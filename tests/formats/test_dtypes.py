@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import invoke
 from quantized import PROBE, quantize
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
@@ -132,6 +133,26 @@ def test_a_config_without_a_dtype_gets_the_one_that_loaders_would_have_found(
         "dtype": written,
         "quantization_config": json.loads((folder / "config.json").read_text())["quantization_config"],
     }
+
+
+def test_a_run_passes_and_counts_real_bytes(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """In float32 on a CPU without bf16: zero points make loaders multiply in the dtype of the scales."""
+    (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets. " * 60)
+    recipe = {
+        "name": "small", "model": str(models("fp32")), "output": str(tmp_path / "out"), "evaluate": False,
+        "stages": [{"kind": "quantize", "group_size": 32, "symmetric": False}],
+        "calibration": {"source": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 32},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = invoke("run", tmp_path / "recipe.yaml", "--device", "cpu", "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verified"]["passed"] and report["verified"]["max_logit_difference"] == 0
+    assert report["verified"]["loader"] == verify.STOCK
+    # a code of 4 bits, a scale of 16 and a zero point of 4 for 32 of them, a shape of two int64
+    matrices = [(64, 128)] * 2 + [(128, 64)] * 4 + [(64, 64)] * 4 + [(32, 64)] * 4
+    bits = sum(o * i * (4 + 20 / 32) + 128 for o, i in matrices)
+    assert report["compressed"]["quantized_bits_per_weight"] == bits / sum(o * i for o, i in matrices)
 
 
 # ---- bytes

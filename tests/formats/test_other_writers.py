@@ -144,6 +144,9 @@ READ: dict[str, tuple[dict[str, Any], Any, Tensors]] = {
         lambda n, w: fp8(w), {},
     ),
     "mixed formats": (MIXED, mixed, {}),
+    "a scheme by its name": (
+        {"format": "int-quantized", "config_groups": {"W8A8": ["Linear"]}}, lambda n, w: int8(w), {},
+    ),
     "weights alone, dequantized by the loader": (
         compressed(group(PACKED, layout="pack-quantized"), dequantize=True), lambda n, w: int4(w), {},
     ),
@@ -267,10 +270,6 @@ REFUSED = {
         group(arguments(strategy="group", group_size=32), BY_TOKEN),
         said=f"{GROUP}.weights.strategy: group, which is not simulated here (only channel or tensor or block)",
     ),
-    "a preset": refused(
-        OURS, config_groups={"W8A8": ["Linear"]},
-        said="a preset in config_groups.W8A8, which is not read here; write its scheme out",
-    ),
     "nothing quantized": refused(
         OURS, parts=lambda n, w: None, quantization_status="frozen",
         said="config.json says quantized, no tensor is; get both from the same place",
@@ -337,6 +336,52 @@ def test_what_is_not_simulated_is_refused_by_name(dense: Path, tmp_path: Path, c
     with pytest.raises(ModelError) as caught:
         DequantizedCheckpoint(Checkpoint(folder))
     assert str(caught.value) == f"{folder}: {said}"
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "no object": (["int-quantized"], "quantization_config in config.json is no object; get the file again"),
+    "groups": (
+        {"config_groups": [OURS]}, "quantization_config.config_groups: Input should be a valid dictionary",
+    ),
+    "a width": (
+        compressed(group(arguments(strategy="group", group_size=0), BY_TOKEN)),
+        "quantization_config.config_groups.group_0.weights: strategy group requires group_size to be set to a ",
+    ),
+    "a pattern": (compressed(OURS | {"targets": ["re:(Linear"]}), "quantization_config: missing ), unterminated sub"),
+    "gptq bits": (
+        {"quant_method": "gptq", "format": "gptq", "bits": "4"},
+        "quantization_config: bits '4', group_size -1, which can't be read here",
+    ),
+    "gptq rules": (
+        {"quant_method": "gptq", "format": "gptq", "bits": 4, "dynamic": ["-:x"]},
+        "quantization_config.dynamic: ['-:x'] is no object of objects; get config.json again",
+    ),
+    "a gptq pattern": (
+        {"quant_method": "gptq", "format": "gptq", "bits": 4, "dynamic": {"-:(x": {}}},
+        "quantization_config.dynamic: '-:(x' is no pattern (missing ), unterminated subpattern at position 0)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_config_is_one_line(dense: Path, tmp_path: Path, case: str) -> None:
+    config, said = MALFORMED[case]
+    folder = write(dense, tmp_path / "model", {"format": "int-quantized"}, plain)
+    written = json.loads((folder / "config.json").read_text())
+    usual = written["quantization_config"]
+    written["quantization_config"] = (usual | config) if isinstance(config, dict) else config
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ModelError) as caught:
+        DequantizedCheckpoint(Checkpoint(folder))
+    assert str(caught.value).startswith(f"{folder}: {said}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale"])
+def test_tensors_of_impossible_shapes_are_one_line(dense: Path, tmp_path: Path, part: str) -> None:
+    flat = {"weight": torch.zeros(64, dtype=torch.int8), "weight_scale": torch.zeros(0).bfloat16()}[part]
+    folder = write(dense, tmp_path / "model", compressed(OURS), but("mlp.up_proj", {part: flat}))
+    with pytest.raises(ModelError, match=rf"^{folder}: {LAYER}mlp.up_proj (has tensors of imposs|weight_scale of sha)"):
+        DequantizedCheckpoint(Checkpoint(folder))
 
 
 @pytest.mark.parametrize("parts", [int8, fp8, int4])

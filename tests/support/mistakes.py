@@ -341,7 +341,7 @@ CASES = [
     Case(
         "inspect an unknown quantization",
         unknown_quantization,
-        "model: quantized as awq, format None, which can't be read here; "
+        "model: quantized as awq, which can't be read here; "
         "readable are compressed-tensors pack-quantized, int-quantized, float-quantized, gptq and torchao",
     ),
     Case(
