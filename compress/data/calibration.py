@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.data.documents import FIELDS, Document, Record, Renderer, select, shuffle
+from compress.data.documents import COLUMNS, Document, Record, Renderer, select, shuffle
 from compress.data.packing import collect_tokens, cut_sequences, text_prefix
 from compress.data.sources import is_plain_text, read_rows
 from compress.errors import CalibrationError
@@ -113,7 +113,7 @@ def load_windows(
 
 
 def _records(spec: CalibrationSpec, *, shuffle_shards: bool) -> Iterator[Record]:
-    fields = FIELDS if spec.field is None else (spec.field,)
+    fields = COLUMNS if spec.field is None else (spec.field,)
     return select(read_rows(spec, fields, shuffle_shards=shuffle_shards), spec.field)
 
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compress.data.conversations import PAIRS, is_blank, normalized, pair, undumped, variants
 from compress.data.guard import render
 from compress.data.sources import Row
 from compress.errors import CalibrationError
@@ -15,10 +16,10 @@ from compress.errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELDS = ("text", "content", "messages", "conversations")  # in this order, the first that a row has
+FIELDS = ("text", "content", "messages", "conversations")  # in this order, the first that holds something
+COLUMNS = (*FIELDS, *dict.fromkeys(name for columns in PAIRS for name in columns if name))
 BUFFER_ROWS = 10_000
 BUFFER_CHARACTERS = 64_000_000
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; system and tool are the same in both
 
 
 class Record(NamedTuple):
@@ -26,6 +27,7 @@ class Record(NamedTuple):
 
     where: str
     content: str | list[Any]
+    label: str = "row"
 
 
 class Document(NamedTuple):
@@ -41,11 +43,12 @@ class Document(NamedTuple):
 
 
 def select(rows: Iterable[Row], field: str | None) -> Iterator[Record]:
-    """The text field of each row; rows where it is null or blank are passed over.
+    """The text or the conversation of each row; rows where it is null or blank are passed over.
 
     Args:
         rows: mappings of fields, or plain texts.
-        field: name of the field; None takes the first of `FIELDS` that a row has.
+        field: name of the field; None takes the first of `FIELDS` that holds something, or else question and answer
+            from the columns of `PAIRS`.
 
     Raises:
         CalibrationError: a row without such a field, or with something else in it.
@@ -54,16 +57,36 @@ def select(rows: Iterable[Row], field: str | None) -> Iterator[Record]:
     for where, value in rows:
         content, label = value, "row"
         if isinstance(value, dict):
-            name = next((name for name in names if name in value), None)
-            if name is None:
-                raise CalibrationError(_no_field(where, names, value))
-            content, label = value[name], f"field {name!r}"
-        if content is None:
+            name = next((name for name in names if not is_blank(value.get(name))), None)
+            if name is not None:
+                content, label = value[name], f"field {name!r}"
+            else:
+                content = None if field is not None else pair(value, where)
+                if content is None and not any(name in value for name in names):
+                    raise CalibrationError(_no_field(where, names, value))
+        if is_blank(content):
             continue
-        if not isinstance(content, str | list):
-            raise CalibrationError(f"{where}: {label} is {content!r:.40}; a text or a list of messages is needed")
-        if content and not (isinstance(content, str) and content.isspace()):
-            yield Record(where, content)
+        yield Record(where, _read(content, where, label), label)
+
+
+def _read(content: object, where: str, label: str) -> str | list[Any]:
+    """A field's content as text or messages."""
+    if isinstance(content, dict) and any(
+        {*keys} <= content.keys() for keys in (("role", "content"), ("from", "value"))
+    ):
+        columns = [values for values in content.values() if isinstance(values, list)]
+        if len(columns) == len(content) and len({len(values) for values in columns}) == 1:  # a list of mappings, turned
+            content = [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+    if isinstance(content, str):
+        return undumped(content, where, label)
+    if not isinstance(content, list):
+        raise CalibrationError(f"{where}: {label} is {content!r:.40}; a text or a list of messages is needed")
+    if all(isinstance(item, str) for item in content):
+        raise CalibrationError(
+            f"{where}: {label} is a list of strings, which may be passages or turns; write one text, or messages with "
+            "role and content"
+        )
+    return content
 
 
 def _no_field(where: str, names: Sequence[str], value: dict[str, object]) -> str:
@@ -138,7 +161,7 @@ class Renderer:
             if isinstance(record.content, str):
                 document = Document(record.content, add_special_tokens=True)
             else:
-                document = self._conversation(record.where, _messages(record))
+                document = self._conversation(record.where, normalized(record.content, record.where, record.label))
             # a lone surrogate (valid in JSON, not in Unicode) would stop the tokenizer
             text = document.text.encode("utf-8", "replace").decode()
             if text.strip():
@@ -149,27 +172,19 @@ class Renderer:
         if not self._tokenizer.chat_template:
             contents = [message.get("content") for message in messages]
             return Document("\n\n".join(text for text in contents if isinstance(text, str)), add_special_tokens=True)
-        try:
-            text = render(self._tokenizer, messages)
-        except CalibrationError as error:
-            raise CalibrationError(f"{where}: {error}") from error
-        except Exception as error:  # a template is a program: it may raise anything
-            self._refused += 1
-            self._first_refusal = self._first_refusal or f"{where}: {' '.join(str(error).split())}"
-            return Document("", add_special_tokens=False)
-        return Document(text, add_special_tokens=False)
-
-
-def _messages(record: Record) -> list[dict[str, Any]]:
-    """A conversation's messages with `role` and `content`, from those or from ShareGPT's `from` and `value`."""
-    messages = []
-    for number, message in enumerate(record.content, 1):
-        if isinstance(message, dict) and "role" in message:
-            messages.append(message)
-        elif isinstance(message, dict) and {"from", "value"} <= message.keys():
-            messages.append({"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]})
-        else:
-            found = f"keys found: {', '.join(message)}" if isinstance(message, dict) else f"found {message!r:.40}"
-            needed = f"message {number} has no role and content (or from and value)"
-            raise CalibrationError(f"{record.where}: {needed}; {found}")
-    return messages
+        reason = ""
+        for variant, unwanted in variants(messages):
+            try:
+                text = render(self._tokenizer, variant)
+            except CalibrationError as error:
+                raise CalibrationError(f"{where}: {error}") from error
+            except Exception as error:  # a template is a program: it may raise anything
+                reason = reason or " ".join(str(error).split())
+                continue
+            printed = next((each for each in unwanted if each in text), None)
+            if printed is None:
+                return Document(text, add_special_tokens=False)
+            reason = reason or f"it would print {printed:.60}"
+        self._refused += 1
+        self._first_refusal = self._first_refusal or f"{where}: {reason}"
+        return Document("", add_special_tokens=False)

@@ -148,10 +148,13 @@ def check_vocabulary(checkpoint: Shapes, highest: int) -> None:
     Raises:
         ModelError: the tokenizer is another model's.
     """
-    info = checkpoint.tensors.get(f"{find_modules(checkpoint).embeddings}.weight")
-    if info is not None and highest >= info.shape[0]:
+    rows = checkpoint.config.get("vocab_size")
+    if not checkpoint.config.get("quantization_config"):
+        info = checkpoint.tensors.get(f"{find_modules(checkpoint).embeddings}.weight")
+        rows = info.shape[0] if info is not None else rows
+    if isinstance(rows, int) and highest >= rows:
         raise ModelError(
-            f"{checkpoint.folder}: its tokenizer gives token {highest}, its embeddings end at {info.shape[0] - 1}; "
+            f"{checkpoint.folder}: its tokenizer gives token {highest}, its embeddings end at {rows - 1}; "
             "tokenizer and weights are of different models"
         )
 

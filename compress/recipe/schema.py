@@ -67,7 +67,8 @@ class CalibrationSpec(Closed):
     revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
     field: Text | None = Field(
         default=None,
-        description="Column that holds the text; left out: `text`, else the chats in `messages` or `conversations`.",
+        description="Column that holds the text or chats; left out, the first of `text`, `content`, `messages` and "
+        "`conversations` that is filled, or else question and answer (prompt and completion, instruction and output).",
     )
 
     @field_validator("license")

@@ -65,10 +65,8 @@ def evaluate(
     check_code(original.config, str(base), trust_remote_code)
     sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
-    place = pick_device(device)
-    tokens = load_windows(
-        text, load_tokenizer(original.folder, trust_remote_code), sequence_length=sequence_length, windows=windows
-    )
+    place, tokenizer = pick_device(device), load_tokenizer(original.folder, trust_remote_code)
+    tokens = load_windows(text, tokenizer, sequence_length=sequence_length, windows=windows)
     for warning in tokens.warnings:
         reporter.warn(warning)
     check_vocabulary(original, int(tokens.tokens.max()))

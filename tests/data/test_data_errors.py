@@ -93,12 +93,73 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "message keys": (
         "c.jsonl",
         b'{"messages": [{"speaker": "a", "words": "fox"}]}',
-        "c.jsonl:1: message 1 has no role and content (or from and value); keys found: speaker, words",
+        "c.jsonl:1: field 'messages': message 1 has no role and content (or from and value); "
+        "keys found: speaker, words",
     ),
     "message text": (
         "c.jsonl",
-        b'{"messages": ["fox"]}',
-        "c.jsonl:1: message 1 has no role and content (or from and value); found 'fox'",
+        b'{"messages": [{"role": "user", "content": "fox"}, "dog"]}',
+        "c.jsonl:1: field 'messages': message 2 has no role and content (or from and value); found 'dog'",
+    ),
+    "list of strings": (
+        "c.jsonl",
+        b'{"id": 1, "text": ["A fox.", "A dog."]}',
+        "c.jsonl:1: field 'text' is a list of strings, which may be passages or turns; write one text, or messages "
+        "with role and content",
+    ),
+    "turns without roles": (
+        "c.jsonl",
+        b'{"id": 1, "turns": ["Which fox?", "Which dog?"]}',
+        "c.jsonl:1: no text field (text, content, messages, conversations); fields found: id, turns; "
+        "choose one with `field`",
+    ),
+    "list of conversations": (
+        "c.jsonl",
+        b'{"messages": [[{"role": "user", "content": "fox"}]]}',
+        "c.jsonl:1: field 'messages': message 1 has no role and content (or from and value); "
+        "found [{'role': 'user', 'content': 'fox'}]",
+    ),
+    "image in a message": (
+        "c.jsonl",
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "fox"}, {"type": "image"}]}]}',
+        "c.jsonl:1: field 'messages': message 1: its content has a part of type image; only text can be used",
+    ),
+    "mapping in a message": (
+        "c.jsonl",
+        b'{"messages": [{"role": "user", "content": {"parts": ["fox"]}}]}',
+        "c.jsonl:1: field 'messages': message 1: its content is {'parts': ['fox']}; "
+        "a text or a list of texts is needed",
+    ),
+    "role that is no text": (
+        "c.jsonl",
+        b'{"conversations": [{"from": ["human"], "value": "fox"}]}',
+        "c.jsonl:1: field 'conversations': message 1: its role is ['human']; a text is needed",
+    ),
+    "tool calls that are no list": (
+        "c.jsonl",
+        b'{"messages": [{"role": "assistant", "content": null, "tool_calls": "find(fox)"}]}',
+        "c.jsonl:1: field 'messages': message 1: its tool_calls are 'find(fox)'; a list is needed",
+    ),
+    "conversation cut off": (
+        "c.jsonl",
+        b'{"messages": "[{\\"role\\": \\"user\\", \\"content\\": \\"fo"}',
+        "c.jsonl:1: field 'messages' starts as a list of messages and is not whole JSON; write a list or its JSON",
+    ),
+    "mapping": (
+        "c.jsonl",
+        b'{"text": {"en": "fox"}}',
+        "c.jsonl:1: field 'text' is {'en': 'fox'}; a text or a list of messages is needed",
+    ),
+    "answer that is no text": (
+        "c.jsonl",
+        b'{"question": "Which fox?", "answer": {"text": ["red"]}}',
+        "c.jsonl:1: field 'answer' is {'text': ['red']}; a text is needed",
+    ),
+    "prompts alone": (
+        "c.jsonl",
+        b'{"prompt": "Which fox?"}',
+        "c.jsonl:1: no text field (text, content, messages, conversations); fields found: prompt; "
+        "choose one with `field`",
     ),
     "parquet field": (
         "c.parquet",

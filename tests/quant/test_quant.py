@@ -84,7 +84,6 @@ def test_gptq_is_the_published_algorithm(bits: int, symmetric: bool, act_order: 
         decided += torch.tensor(follow(weight, damped(hessian, 0.01), order, found, clip))
         torch.testing.assert_close(losses.double(), loss_of(weight, found, damped(hessian, 0.01)), rtol=2e-3, atol=0.0)
     codes, scales = decided.tolist()
-    print("DECIDED", codes, scales)
     assert codes <= 2 and scales <= 8  # none in most cases; of 24,000 codes and 420 scales or more
 
 
