@@ -34,8 +34,9 @@ from compress.quant import gptq as solver
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.statistics import Gram
 from compress.recipe.quantize import WeightOnlyStage
+from compress.stages import layerwise
+from compress.stages.quantize import run as stage
 from compress.stages.quantize import solve
-from compress.stages.quantize.run import run as stage
 from compress.system.compute import pick_device
 from compress.system.progress import Reporter
 
@@ -119,7 +120,7 @@ def quantize(
     calibration = TokenSet(tokens, "random", "random", None)
     context = Context(device, dtype, calibration, tokens[:1, :64], clock, False, max_memory)
     with tempfile.TemporaryDirectory() as scratch:
-        return stage.quantize(spec, Checkpoint(model), Path(scratch) / "stage", context), clock
+        return stage.run(spec, Checkpoint(model), Path(scratch) / "stage", context).record, clock
 
 
 def ceilings(device: torch.device, size: int) -> dict[str, float]:
@@ -161,13 +162,13 @@ def show_phases(device: torch.device, jobs: dict[str, float], run: Callable[[], 
     """Run once more, with the device brought to a stop after each phase."""
     phases = Phases(device)
     for owner, name, phase in (
-        (stage._Quantization, "_transform", FORWARD), (LayerStream, "load_layer", "read weights"),
+        (stage._Quantization, "transform", FORWARD), (LayerStream, "load_layer", "read weights"),
         (LayerStream, "fill_layer", "read weights"), (LayerStream, "groups", "find groups"),
-        (PropagatedError, "add", "drift"), (PropagatedError, "correct", "drift"),
+        (PropagatedError, "add", "propagated error"), (PropagatedError, "correct", "propagated error"),
         (Gram, "add", "Hessian"), (Gram, "total", "Hessian"),
         (solve, "factorize", "factor"), (solve, "gptq", "trailing updates"), (solver, "group_scales", "scale search"),
         (solve, "measure", "record"), (solve, "describe", "record"),
-        (stage, "received_attention", "attention weights"), (stage, "_check_finite", "check"),
+        (stage, "received_attention", "attention weights"), (layerwise, "check_finite", "check"),
         (stage._Quantization, "_packed", "pack"),
     ):  # fmt: skip
         phases.wrap(owner, name, phase)
