@@ -130,7 +130,7 @@ def test_joined_rows_that_fill_no_block(folder: Path, rows: int, said: int) -> N
 
 
 def test_validate_run_and_report_say_it(folder: Path) -> None:
-    spec = {"source": "copy.txt", "samples": 2, "sequence_length": 32}
+    spec = {"source": "copy.txt", "samples": 8, "sequence_length": 32}
     evaluate = {"text": "text.txt", "sequence_length": 32, "windows": 1}
     recipe = written(folder, spec, evaluate, group_size=32, format="gptq", lm_head=True)
     for command in (["validate", recipe], ["run", recipe, "--device", "cpu", "--dry-run"]):
