@@ -128,7 +128,7 @@ def _kind(value: object) -> object:
 
 def _check_kind(value: object) -> object:
     """A kind that is none gets the list of all: no stage's own schema knows it."""
-    if isinstance(value, dict) and value.get("kind") not in KINDS:
+    if isinstance(value, dict) and not (isinstance(kind := value.get("kind"), str) and kind in KINDS):
         raise PydanticCustomError("stage_kind", "{kinds}", {"kinds": " or ".join(KINDS)})
     return value
 

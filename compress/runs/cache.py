@@ -26,7 +26,8 @@ def cache_entries(work: Path) -> list[CacheEntry]:
     Raises:
         OutputError: no such work folder.
     """
-    if not any((work / kind).is_dir() for kind in _KINDS):
+    there = work.is_dir() and not (any(work.iterdir()) and not any((work / kind).is_dir() for kind in _KINDS))
+    if not there:
         raise OutputError(f"{work}: no work folder of dscompress; give the .dscompress beside an output")
     entries = [(kind, path) for kind in _KINDS if (work / kind).is_dir() for path in sorted((work / kind).iterdir())]
     return [CacheEntry(kind, path, _size(path)) for kind, path in entries if path.suffix != ".lock"]

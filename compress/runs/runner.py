@@ -172,6 +172,8 @@ class _Job:
                 with suppress(OSError):  # there may be a file in the folder's place
                     (self.work / DIGESTS).unlink()
                 remove_unused_locks(self.work)
+                with suppress(OSError):
+                    self.work.rmdir()
             raise
         finally:
             lock.remove()

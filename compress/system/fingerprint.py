@@ -49,7 +49,7 @@ def content_digest(file: Path) -> str:
             return digest.digest()
 
         blocks = list(pool.map(block_digest, range(0, length, _BLOCK)))
-    return hashlib.blake2b(b"".join(blocks), digest_size=20).hexdigest()
+    return hashlib.blake2b(b"".join(blocks), digest_size=32).hexdigest()
 
 
 def _pieces(start: int, stop: int) -> Iterator[range]:

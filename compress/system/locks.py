@@ -173,7 +173,7 @@ class FileLock:
 
 
 def remove_unused_locks(folder: Path) -> None:
-    """Remove the lock files under a folder that nobody holds, and folders that are empty then."""
+    """Remove the lock files under a folder that nobody holds, and folders in it that are empty then."""
     for file in sorted(folder.rglob("*.lock")):
         lock = FileLock(file)
         with suppress(OutputError):
@@ -183,8 +183,6 @@ def remove_unused_locks(folder: Path) -> None:
     for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
             empty.rmdir()
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _alive(process: int) -> bool:

@@ -131,7 +131,7 @@ def test_a_base_that_does_not_fit_is_not_asked_and_nothing_is_kept(desk: Desk, m
         "not asked"
     ]
     desk.memory = None
-    desk.change = lambda answer: Answer(None, [], "torch.OutOfMemoryError: CUDA out of memory")
+    desk.change = lambda answer: Answer(None, [], "torch.OutOfMemoryError: CUDA out of memory", short=True)
     desk.check()
     assert lines[-1] == (
         "the base was not compared with stock transformers: torch.OutOfMemoryError: CUDA out of memory"

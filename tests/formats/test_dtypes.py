@@ -137,11 +137,11 @@ def test_a_config_without_a_dtype_gets_the_one_that_loaders_would_have_found(
 
 def test_a_run_passes_and_counts_real_bytes(models: Callable[[str], Path], tmp_path: Path) -> None:
     """In float32 on a CPU without bf16: zero points make loaders multiply in the dtype of the scales."""
-    (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets. " * 60)
+    (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets. " * 160)
     recipe = {
         "name": "small", "model": str(models("fp32")), "output": str(tmp_path / "out"), "evaluate": False,
         "stages": [{"kind": "quantize", "group_size": 32, "symmetric": False}],
-        "calibration": {"source": str(tmp_path / "text.txt"), "samples": 4, "sequence_length": 32},
+        "calibration": {"source": str(tmp_path / "text.txt"), "samples": 40, "sequence_length": 32},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     result = invoke("run", tmp_path / "recipe.yaml", "--device", "cpu", "-q")

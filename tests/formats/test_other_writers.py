@@ -339,7 +339,7 @@ def test_what_is_not_simulated_is_refused_by_name(dense: Path, tmp_path: Path, c
 
 
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "no object": (["int-quantized"], "quantization_config in config.json is no object; get the file again"),
+    "no object": (["int-quantized"], "quantization_config is no mapping (['int-quantized']); download the model again"),
     "groups": (
         {"config_groups": [OURS]}, "quantization_config.config_groups: Input should be a valid dictionary",
     ),

@@ -385,6 +385,6 @@ def test_a_hessian_beyond_repair_falls_back_to_rounding(
     record = quantize(spec(), Checkpoint(models()), tmp_path, asked)
     fallen = [module for layer in record.layers for module in layer.modules if module.fallback]
     assert fallen and all("not positive definite" in str(module.fallback) for module in fallen)
-    assert asked.reporter.warnings == [f"{len(fallen)} of 14 matrices fell back to round-to-nearest"]
+    assert asked.reporter.warnings[-1] == f"{len(fallen)} of 14 matrices fell back to round-to-nearest"
     check_files(models(), tmp_path / "checkpoint", solved, dict.fromkeys(linears(models()), (4, 32, True)))
     check_logits(tmp_path)

@@ -149,7 +149,7 @@ def test_files_are_what_the_library_writes(name: str, rows: int) -> None:
     dense = compressor.decompress(dict(tensors), scheme)["weight"]
     assert torch.equal(dense, matrix.dequantize(torch.bfloat16))
     names = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16"}
-    headers = {n: TensorInfo(Path(), names[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
+    headers = {n: TensorInfo(Path(), n, names[t.dtype], tuple(t.shape), t.nbytes, 0) for n, t in tensors.items()}
     assert eight_bit.describe(headers, (), config["config_groups"]["group_0"]) == grid
     assert float((matrix.dequantize() - weight).norm() / weight.norm()) < (0.04 if grid.float8 else 0.02)
     assert bool((matrix.scale > 0).all())

@@ -17,7 +17,7 @@ def asked_here(request: Request) -> Iterator[Callable[[], Answer]]:
 
 
 def ask_here(request: Request) -> Answer:
-    """`compress.evaluation.stock.ask` for logits and continuations on a CPU."""
+    """`compress.evaluation.stock.ask` for logits and continuations."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logits = None
@@ -25,9 +25,12 @@ def ask_here(request: Request) -> Answer:
         with redirect_stderr(io.StringIO()), torch.no_grad():
             own_code = {"trust_remote_code": True} if request.trust_remote_code else {}
             dtype = getattr(torch, request.dtype)
-            model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype, **own_code).eval()
+            model = AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype, **own_code)
+            model.to(request.device).eval()
+            model.config.return_dict = True
             if request.tokens:
-                logits = model(torch.tensor([request.tokens]), use_cache=False).logits[0].float()
+                tokens = torch.tensor([request.tokens], device=request.device)
+                logits = model(tokens, use_cache=False).logits[0].float().cpu()
             tokenizer = AutoTokenizer.from_pretrained(request.model, **own_code) if request.prompts else None
             return Answer(logits, [_continue(model, tokenizer, prompt) for prompt in request.prompts])
     except Exception as error:  # whatever it is, the process would have ended with its last line

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,7 +247,7 @@ class _Quantization(LayerTransform):
             return
         if self.inputs is not None:
             inputs = Passes(partial(map, itemgetter(0), pairs))
-            pairs = zip(self.inputs.decide(names, inputs, layer.tensors), repeat(None))
+            pairs = map(_unpaired, self.inputs.decide(names, inputs, layer.tensors))
         alike: dict[_Alike, list[str]] = {}
         for name in names:
             rounding = None if self.inputs is None else self.inputs.rounding[name]
@@ -337,5 +336,10 @@ class _Quantization(LayerTransform):
 
 
 def _alone(arrival: Arrival) -> Pair:
-    """A batch with no original model beside it."""
+    """A batch as it arrives, with no original model beside it."""
     return arrival.input, None
+
+
+def _unpaired(batch: Tensor) -> Pair:
+    """The same of the batch itself; a `zip` would hold on to one more of them."""
+    return batch, None
