@@ -50,7 +50,7 @@ def found(folder: Path, calibration: Any, evaluate: Any, **stage: Any) -> list[s
 
 
 def found_in_model(folder: Path, **stage: Any) -> list[str]:
-    text = {"source": "text.txt", "samples": 32, "sequence_length": 32}
+    text = {"source": "text.txt", "samples": 64, "sequence_length": 32}
     recipe = load_recipe(str(written(folder, text, False, **stage)))
     return list(plan_run(recipe, folder / "model").warnings)
 
@@ -143,7 +143,7 @@ def test_joined_rows_that_fill_no_block(folder: Path, rows: int, said: int) -> N
 
 
 def test_validate_run_and_report_say_it(folder: Path) -> None:
-    spec = {"source": "copy.txt", "samples": 16, "sequence_length": 32}
+    spec = {"source": "copy.txt", "samples": 32, "sequence_length": 32}
     evaluate = {"text": "text.txt", "sequence_length": 32, "windows": 1}
     recipe = written(folder, spec, evaluate, group_size=32, format="gptq", lm_head=True)
     for command in (["validate", recipe], ["run", recipe, "--device", "cpu", "--dry-run"]):

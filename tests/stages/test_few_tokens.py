@@ -29,9 +29,9 @@ WIDEST = Matrix("model.layers.0.mlp.down_proj", (256, 704), 4, 64, True)
 MATRICES = [Matrix("model.layers.0.mlp.up_proj", (704, 256), 4, 64, True), WIDEST]
 
 
-@pytest.mark.parametrize(("bits", "tokens"), [(4, 64), (3, 256)])
+@pytest.mark.parametrize(("bits", "tokens"), [(3, 64), (4, 1024)])
 def test_few_tokens_are_never_worse_than_rounding_on_other_text(tmp_path: Path, bits: int, tokens: int) -> None:
-    """KL in stock transformers. Without shrinkage: 1.6 to 1.9 times that of rounding."""
+    """KL in stock transformers. Without shrinkage it is 1.5 and 1.1 times that of rounding."""
     tokenizer = AutoTokenizer.from_pretrained(TRAINED)
     held_out = load_windows("wikitext2", tokenizer, sequence_length=256, windows=4).tokens
     source = bundled_dir("calibration") / "text" / "general_en.jsonl.gz"
@@ -87,13 +87,13 @@ def test_few_tokens_are_named_with_what_would_be_enough() -> None:
     gptq_stage = WeightOnlyStage(kind="quantize")
     rest = "so they count for less and rounding stays less accurate than it could be; use samples"
     assert few_tokens(gptq_stage, MATRICES, 64, 64) == [
-        f"calibration: 64 tokens are fewer than the 704 inputs of model.layers.*.mlp.down_proj, {rest}: 28 or more"
+        f"calibration: 64 tokens are fewer than the 704 inputs of model.layers.*.mlp.down_proj, {rest}: 88 or more"
     ]
     assert few_tokens(gptq_stage, MATRICES, 1024, 128) == [
-        "calibration: 1024 tokens are fewer than 2.5 for each of the 704 inputs of model.layers.*.mlp.down_proj, "
-        f"{rest}: 14 or more"
+        "calibration: 1024 tokens are fewer than 8 for each of the 704 inputs of model.layers.*.mlp.down_proj, "
+        f"{rest}: 44 or more"
     ]
-    assert few_tokens(gptq_stage, MATRICES, 14 * 128, 128) == []
+    assert few_tokens(gptq_stage, MATRICES, 44 * 128, 128) == []
     static = {"kind": "quantize", "method": "static"}
     assert few_tokens(WeightActivationStage(**static), MATRICES, 64, 64) != []
     assert few_tokens(WeightActivationStage(**static, weight_rounding="rtn"), MATRICES, 64, 64) == []
@@ -113,7 +113,7 @@ def test_a_run_says_that_its_text_is_short(tmp_path: Path, monkeypatch: pytest.M
     Path("r.yaml").write_text(json.dumps(recipe))
     line = (
         "calibration: 64 tokens are fewer than the 96 inputs of model.layers.*.mlp.down_proj, so they count for less "
-        "and rounding stays less accurate than it could be; use samples: 15 or more"
+        "and rounding stays less accurate than it could be; use samples: 48 or more"
     )
     dry, done = invoke("run", "r.yaml", "--dry-run"), invoke("run", "r.yaml", "--device", "cpu")
     assert (dry.exit_code, done.exit_code) == (0, 0)
@@ -121,4 +121,4 @@ def test_a_run_says_that_its_text_is_short(tmp_path: Path, monkeypatch: pytest.M
     assert f"warning: {line}\n" in done.stderr
     assert json.loads(Path("out/report.json").read_text())["warnings"] == [line]
     short = invoke("run", "r.yaml", "--device", "cpu", "--set", "calibration.samples=40")
-    assert "warning: calibration: 160 tokens are fewer than 2.5 for each of the 96 inputs" in short.stderr
+    assert "warning: calibration: 160 tokens are fewer than 8 for each of the 96 inputs" in short.stderr

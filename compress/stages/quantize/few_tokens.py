@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.stages.quantize.matrix import Matrix
 
-AMPLE = 2.5  # tokens for each input, from which on a Hessian is taken as it is
+AMPLE = 8  # tokens for each input, from which on a Hessian is taken as it is: with fewer, it lost to rounding
 _STRENGTH = 2.0
 
 

@@ -37,6 +37,7 @@ from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.plan import plan_matrices
 from compress.stages.quantize.preflight import check_calls, check_modules, check_weights
 from compress.stages.quantize.solve import Solved, Solver
+from compress.system import distributed
 
 CODE_VERSION = 7
 
@@ -68,7 +69,7 @@ def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, outpu
     if fallbacks:
         context.reporter.warn(f"{fallbacks} of {len(modules)} matrices fell back to round-to-nearest")
     shapes = {name: matrix.shape for name, matrix in stage.matrices.items()}
-    bits = measured_bits(Checkpoint(output / "checkpoint").tensors, shapes)
+    bits = distributed.first(lambda: measured_bits(Checkpoint(output / "checkpoint").tensors, shapes))
     record = result.record.model_copy(update={"format": spec.format, "quantized_bits_per_weight": bits})
     return replace(result, record=record)
 
