@@ -124,6 +124,7 @@ class Layerwise:
                 else:
                     begun, raw = time.monotonic(), self._load(index)
                     tensors, modules = stage.transform(index, raw, calibration, probe)
+                    del raw  # the next layer is read by then
                     seconds = time.monotonic() - begun
                     layers.append(records.Layer(layer=index, seconds=seconds, modules=modules))
                     writer.write(part, tensors, layers[-1], self.context.device)
