@@ -14,7 +14,7 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 VLLM_BITS = frozenset({4, 8})
 
 
-def cautions(
+def refusals(
     layout: str, matrices: Sequence[Matrix], linears: Collection[str], embeddings: str, model_type: str, where: str
 ) -> list[str]:
     """A line for each program that won't open a checkpoint, with the remedy.

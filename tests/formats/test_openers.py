@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from compress.formats.openers import cautions
+from compress.formats.openers import refusals
 from compress.stages.quantize.plan import Matrix
 
 KINDS = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
@@ -18,7 +18,7 @@ def all_with(**changes: object) -> list[Matrix]:
 
 
 def said(layout: str, matrices: list[Matrix], model_type: str = "llama") -> list[str]:
-    return cautions(layout, matrices, LINEARS, EMBEDDINGS, model_type, "stages.0")
+    return refusals(layout, matrices, LINEARS, EMBEDDINGS, model_type, "stages.0")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])

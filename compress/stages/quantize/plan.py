@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from compress.errors import RecipeError
 from compress.formats.facts import FACTS, bytes_on_disk
-from compress.formats.openers import cautions, gptq_head
+from compress.formats.openers import gptq_head, refusals
 from compress.model.arch import width_of
 from compress.model.checkpoint import TensorInfo
 from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, model_dtype, parameter_count
@@ -61,7 +61,7 @@ def plan(
         ),
     ]
     modules, kind = find_modules(shapes), str(shapes.config.get("model_type"))
-    warnings += cautions(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
+    warnings += refusals(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
     after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
     return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=FACTS[spec.layout].stock is None)
