@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from quantized import PROBE, quantize
+from quantized import PROBE, quantize, stop_after
 from random_models import make_model, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -215,22 +215,10 @@ def test_shards_know_the_whole_model(
 
 @needs_torchao
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_stopped_run_continues_to_the_same_bytes(
-    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
-) -> None:
+def test_a_stopped_run_continues_to_the_same_bytes(models: Callable[..., Path], tmp_path: Path, bits: int) -> None:
     parent = Checkpoint(models(num_hidden_layers=3))
     quantize(spec(bits, smooth=0.5), parent, tmp_path / "whole", context())
-    usual = stage_module.write_part
-
-    def stop(file: Path, *arguments: Any) -> None:
-        usual(file, *arguments)
-        if file.name == "layer-00001.safetensors":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage_module, "write_part", stop)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(spec(bits, smooth=0.5), parent, tmp_path / "stopped", context())
-    monkeypatch.setattr(stage_module, "write_part", usual)
+    stop_after(2, spec(bits, smooth=0.5), parent, tmp_path / "stopped", context())
     assert quantize(spec(bits, smooth=0.5), parent, tmp_path / "stopped", context()).resumed_layers == 2
     for name in ("checkpoint/model.safetensors", "checkpoint/config.json", PROBE):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import quantize
+from quantized import quantize, stop_after
 from random_models import make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from compress.quant.grid import FakeQuantize
 from compress.quant.observers import reach
 from compress.quant.smooth import refine, smoothing_scale
 from compress.recipe.quantize import WeightActivationStage
-from compress.stages import layerwise
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -222,7 +221,7 @@ HYBRIDS: dict[str, tuple[dict[str, Any], list[str], list[list[str]]]] = {
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_layers_of_several_kinds(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_several_kinds(family: str, tmp_path: Path) -> None:
     """Each has folds of its own, also where a stopped run goes on from another kind."""
     config, ignore, smoothed = HYBRIDS[family]
     source = Checkpoint(make_model(tmp_path / "model", family, **config))
@@ -230,16 +229,7 @@ def test_layers_of_several_kinds(family: str, tmp_path: Path, monkeypatch: pytes
     record = quantize(spec, source, tmp_path / "whole", context())
     found = [[m.name for m in layer.modules if m.smooth is not None] for layer in record.layers]
     assert [[n.rpartition(".")[2].removesuffix("_proj") for n in names] for names in found] == smoothed
-    usual, last = layerwise.write_part, f"layer-{len(smoothed) - 2:05d}.safetensors"
-
-    def stop(file: Path, *arguments: Any) -> None:
-        usual(file, *arguments)
-        if file.name == last:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(layerwise, "write_part", stop)
-        quantize(spec, source, tmp_path / "stopped", context())
+    stop_after(len(smoothed) - 1, spec, source, tmp_path / "stopped", context())
     assert quantize(spec, source, tmp_path / "stopped", context()).resumed_layers == len(smoothed) - 1
     file = "checkpoint/model.safetensors"
     assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -17,7 +17,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import PROBE, quantize
+from quantized import PROBE, quantize, stop_after
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from compress.quant.grid import FakeQuantize, Grid
 from compress.recipe.quantize import MethodOverride, WeightActivationStage
 from compress.records import Stage
 from compress.runs.tools import inspect
-from compress.stages import layerwise as stage_module
 from compress.stages.quantize.activations import ActivationScales
 from compress.stages.quantize.cache_plan import check_cache
 from compress.system.progress import Reporter
@@ -454,24 +453,12 @@ def test_layers_with_heads_of_their_own_are_refused_before_anything_is_computed(
 
 @pytest.mark.parametrize(("method", "kv_cache"), [("static", "fp8"), ("auto", "fp8_per_head")])
 def test_a_stopped_run_continues_to_the_same_bytes(
-    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kv_cache: str
+    models: Callable[..., Path], tmp_path: Path, method: str, kv_cache: str
 ) -> None:
     settings = spec(method, dtype="fp8", smooth=0.5, kv_cache=kv_cache, weight_rounding="gptq")
     parent = Checkpoint(models(num_hidden_layers=3))
     quantize(settings, parent, tmp_path / "whole", context())
-    usual, done = stage_module.write_part, []
-
-    def stop(file: Path, *arguments: Any) -> None:
-        usual(file, *arguments)
-        done.append(file.name)
-        if file.name == "layer-00001.safetensors":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage_module, "write_part", stop)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(settings, parent, tmp_path / "stopped", context())
-    assert done == ["layer-00000.safetensors", "layer-00001.safetensors"]
-    monkeypatch.setattr(stage_module, "write_part", usual)
+    stop_after(2, settings, parent, tmp_path / "stopped", context())
     record = quantize(settings, parent, tmp_path / "stopped", context())
     assert record.resumed_layers == 2
     for name in ("checkpoint/model.safetensors", "checkpoint/config.json", PROBE):

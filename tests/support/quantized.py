@@ -1,12 +1,18 @@
 """The quantize stage by itself, without a runner around it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, write_part
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
 from compress.records import Stage
 from compress.stages.quantize.run import run
+from compress.system.progress import Advance, Reporter
 
 PROBE = "probe.safetensors"
 
@@ -18,3 +24,28 @@ def quantize(
     result = run(spec, parent, output, context)
     write_part(output / PROBE, {"logits": result.logits}, {})
     return result.record
+
+
+def stop_after(
+    layers: int, spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, output: Path, context: Context
+) -> None:
+    """Run the stage and interrupt it, as Ctrl-C does, when `layers` of its layers are done."""
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, parent, output, replace(context, reporter=_Stops(layers)))
+
+
+class _Stops(Reporter):
+    """Interrupts a task when a number of its units are done."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(quiet=True)
+        self.left = after
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        yield self._advance
+
+    def _advance(self) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
