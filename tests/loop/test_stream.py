@@ -243,11 +243,11 @@ def test_a_layer_keeps_its_batches_where_there_is_room_for_them(folder: Path, mo
     assert ways == ["interleaved", "recompute"]
 
 
-def held_by(kept: set[int]) -> int:
-    """Bytes of all CPU tensors but those at certain addresses."""
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device.type == "cpu"]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(size for address, size in storages.items() if address not in kept)
+def held() -> dict[int, int]:
+    """Bytes of all CPU tensors with memory of their own (a traced tensor has none), by address."""
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu"]
+    storages = [each.untyped_storage() for each in tensors]
+    return {each.data_ptr(): each.nbytes() for each in storages}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gemma2", "qwen3", "olmo2"])
@@ -262,12 +262,12 @@ def test_what_batches_hold_inside_a_layer_is_what_was_reckoned(family: str, tmp_
     reckoned = stream._grouped(0, activations).held * activations.tokens
     gc.unfreeze()
     try:
-        before = {each.untyped_storage().data_ptr() for each in gc.get_objects() if issubclass(type(each), Tensor)}
+        before = held()
         most = 0
         for _, arrivals in stream.steps(0, activations):
             for _ in arrivals:
                 pass
-            most = max(most, held_by(before))
+            most = max(most, sum(size for address, size in held().items() if address not in before))
     finally:
         gc.freeze()
     assert 0.99 * reckoned < most <= 1.01 * reckoned
