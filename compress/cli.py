@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import compress
 from compress.errors import DscompressError, RecipeError, UserError
-from compress.system import distributed
+from compress.system import distributed, interrupts
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
@@ -27,7 +27,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with interrupts.watched():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from compress.system import interrupts
+
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
 Advance = Callable[[], None]
 
@@ -47,7 +49,7 @@ class Reporter:
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Show progress through `total` units; the body calls what it is given once per unit.
+        """Show progress through `total` units; the body calls what it is given once per unit, where Ctrl-C stops it.
 
         Args:
             title: what is being done.
@@ -56,7 +58,7 @@ class Reporter:
             done: how many were done before (by an earlier run).
         """
         if self.quiet:
-            yield lambda: None
+            yield interrupts.check
         elif self.console.is_terminal:
             columns = (
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -64,7 +66,12 @@ class Reporter:
             )  # fmt: skip
             with Progress(*columns, console=self.console, transient=False) as bars:
                 task = bars.add_task(title, total=total, completed=done, before=done)
-                yield lambda: bars.advance(task)
+
+                def advance() -> None:
+                    interrupts.check()
+                    bars.advance(task)
+
+                yield advance
         else:
             yield _PlainTask(self.say, title, total, unit, done).advance
 
@@ -92,6 +99,7 @@ class _PlainTask:
         self.started = self.said = time.monotonic()
 
     def advance(self) -> None:
+        interrupts.check()
         self.done += 1
         now = time.monotonic()
         if self.done < self.total and now - self.said < _PLAIN_INTERVAL:
