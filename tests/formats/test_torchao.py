@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from quantized import PROBE, quantize, stop_after
+from quantized import PROBE, opens, quantize, stop_after
 from random_models import make_model, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -63,13 +63,6 @@ def context(dtype: torch.dtype = torch.bfloat16) -> Context:
 
 def spec(bits: int = 8, **settings: Any) -> WeightActivationStage:
     return WeightActivationStage(kind="quantize", method="dynamic", bits=bits, format="torchao", **settings)
-
-
-def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The checkpoint in stock transformers, which must find all that it looks for and nothing else."""
-    stock, info = AutoModelForCausalLM.from_pretrained(written, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return stock.eval()
 
 
 def check_logits(work: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

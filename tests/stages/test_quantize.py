@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from quantized import PROBE, quantize
+from quantized import PROBE, opens, quantize
 from random_models import load_stock, make_model, random_tokens
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import NumericalError, RecipeError
@@ -163,13 +162,6 @@ def check_files(parent: Path, written: Path, solved: Solved, modules: dict[str, 
 def raw_tensors(folder: Path) -> dict[str, Any]:
     """dtype, shape and bytes of every tensor of a folder."""
     return {n: row for file in folder.glob("*.safetensors") for n, row in deserialize(file.read_bytes())}
-
-
-def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The checkpoint in stock transformers, which must find all that it looks for and nothing else."""
-    stock, info = AutoModelForCausalLM.from_pretrained(written, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return stock.eval()
 
 
 def check_logits(work: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -17,11 +17,10 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import PROBE, quantize, stop_after
+from quantized import PROBE, opens, quantize, stop_after
 from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from compress.data.calibration import TokenSet
 from compress.errors import CalibrationError, RecipeError
@@ -72,13 +71,6 @@ def context(dtype: torch.dtype = torch.bfloat16) -> Context:
 
 def spec(method: str = "dynamic", **settings: Any) -> WeightActivationStage:
     return WeightActivationStage(kind="quantize", method=method, **settings)
-
-
-def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The checkpoint in stock transformers, which must find all that it looks for and nothing else."""
-    stock, info = AutoModelForCausalLM.from_pretrained(written, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return stock.eval()
 
 
 def check_logits(work: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, write_part
@@ -32,6 +35,13 @@ def stop_after(
     """Run the stage and interrupt it, as Ctrl-C does, when `layers` of its layers are done."""
     with pytest.raises(KeyboardInterrupt):
         run(spec, parent, output, replace(context, reporter=_Stops(layers)))
+
+
+def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The checkpoint in stock transformers, which must find all that it looks for and nothing else."""
+    stock, info = AutoModelForCausalLM.from_pretrained(written, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return stock.eval()
 
 
 class _Stops(Reporter):
