@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.core import TyperGroup
 import compress
 from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed, interrupts
+from compress.system.units import parse_size
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
@@ -173,8 +173,11 @@ def validate(
     folder = Path(loaded.model)
     planned = plan_run(loaded, folder if folder.is_dir() else None)
     reporter = _reporter(False, False)
+    from compress.runs.builds import check_planned
+
     for line in planned.warnings:
         reporter.warn(line)
+    check_planned(planned)
     print(f"{recipe}: valid")
 
 
@@ -325,10 +328,10 @@ def _bytes(size: str | None) -> int | None:
     """A size such as 8GB, 7.5GiB or 500MB in bytes."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    found = parse_size(size)
+    if found is None:
         raise UserError(f"--max-memory {size}: is no size; write it like 8GB, 7.5GiB or 500MB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    return found
 
 
 def _reporter(quiet: bool, verbose: bool) -> "Reporter":

@@ -6,7 +6,7 @@ on disk, times are seconds, `bits_per_weight` is 8 * bytes / parameters. None me
 
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -115,12 +115,51 @@ class Module(_Typed):
     smooth: float | None = None
 
 
+class PrunedModule(_Typed):
+    """One linear of a pruned layer, solved anew: [O, I] is its shape now, `before` what it was.
+
+    `error` is |W' X - T|^2 / |T|^2, where T is what the original model's linear puts out with the drift of what comes
+    before it, `error_cut` the same of the weights that were merely kept; None where it was not measured.
+    `error_reconstructed`, beside a layer's last linear, is the layer's relative output error after reconstruction.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    before: tuple[int, int]
+    error: float | None = None
+    error_cut: float | None = None
+
+
+class SparseModule(_Typed):
+    """One matrix of shape [O, I] in which single weights were set to zero; `error` is as for `Module`."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    error: float | None = None
+
+
+AnyModule: TypeAlias = Module | PrunedModule | SparseModule
+
+
+class Pruned(_Typed):
+    """What structured pruning removed: sizes by config.json's names, parameters, and which layers (numbers before)."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+    parameters_before: Count
+    parameters: Count
+    share: float
+    share_of_layers: float
+    removed_layers: list[int] = []
+
+
 class Layer(_Typed):
     """One decoder layer; `layer` is None for what lies outside of the layers (head, embeddings)."""
 
     layer: int | None
     seconds: Seconds
-    modules: list[Module] = []
+    modules: list[AnyModule] = []
 
 
 class Stage(_Typed):
@@ -140,6 +179,7 @@ class Stage(_Typed):
     dtype: str | None = None
     resumed_layers: Count = 0
     layers: list[Layer] = []
+    pruned: Pruned | None = None
     format: str | None = None
     quantized_bits_per_weight: float | None = None
 

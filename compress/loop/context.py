@@ -1,6 +1,7 @@
 """What a run gives its stages: where to compute, what to calibrate on, whom to tell."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Context:
         reporter: progress and warnings.
         trust_remote_code: as in transformers.
         max_memory: bytes of the device's memory (of the machine's, on a CPU) that may be used; None is what is free.
+        shared: folder for what stages on the same model and text can share; None keeps nothing.
     """
 
     device: torch.device
@@ -33,6 +35,7 @@ class Context:
     reporter: Reporter
     trust_remote_code: bool
     max_memory: int | None = None
+    shared: Path | None = None
 
     def calibration(self) -> Tensor:
         """This process's calibration sequences, [N, S]."""

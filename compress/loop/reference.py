@@ -1,6 +1,6 @@
-"""The model as it was, run beside the quantized one on the same tokens: it shows the error that has propagated."""
+"""The model as it was, run beside the compressed one on the same tokens: it shows the error that has propagated."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -40,23 +40,45 @@ class ReferenceModel:
         self.stream.run_layer(index, self._activations)
         self._leave(index)
 
+    def ahead(self, indices: Sequence[int]) -> Activations:
+        """What the original model puts out behind these layers, which follow; it stays where it is."""
+        activations = self._activations.copy()
+        for index in indices:
+            self.stream.fill_layer(index, self.stream.load_layer(index))
+            self.stream.run_layer(index, activations)
+            self.stream.empty_layer(index)
+        return activations
+
     def beside(
-        self, stream: LayerStream, index: int, activations: Activations, tensors: Mapping[str, Tensor]
+        self,
+        stream: LayerStream,
+        index: int,
+        activations: Activations,
+        tensors: Mapping[str, Tensor],
+        original: int | None = None,
     ) -> Iterator[tuple[Group, Iterator[Pair], set[str]]]:
-        """Go through a layer in step with the quantized model.
+        """Go through a layer in step with the compressed model.
+
+        Args:
+            stream: the compressed model.
+            index: of its layer.
+            activations: in front of that layer.
+            tensors: of the original's layer.
+            original: that layer's index, where layers have been removed; None is the same.
 
         Yields:
             A group, its inputs in both models batch by batch, and those of its linears that write to the residual
             stream.
         """
-        layer = self.stream.fill_layer(index, dict(tensors))
+        own = index if original is None else original
+        layer = self.stream.fill_layer(own, dict(tensors))
         probe = self._probe.copy()
-        writers = carriers(layer, lambda: self._through(index, probe))
-        steps = zip(stream.steps(index, activations), self.stream.steps(index, self._activations), strict=True)
+        writers = carriers(layer, lambda: self._through(own, probe))
+        steps = zip(stream.steps(index, activations), self.stream.steps(own, self._activations), strict=True)
         for (group, arrivals), (_, originals) in steps:
             writing = writers & set(group)
             yield group, map(_pair, arrivals, originals, repeat(bool(writing))), writing
-        self._leave(index)
+        self._leave(own)
 
     def _through(self, index: int, probe: Activations) -> Tensor:
         self.stream.run_layer(index, probe)

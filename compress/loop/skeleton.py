@@ -1,7 +1,9 @@
 """A model without weights: built from its config on the meta device, and filled tensor by tensor."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
@@ -38,6 +40,28 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
             model._init_weights(module)
         model.tie_weights()
     return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
+
+
+def check_builds(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a config of which transformers does not build a model with these tensors.
+
+    Args:
+        config: config.json.
+        shapes: of the tensors, by name; the model may have more.
+
+    Raises:
+        ModelError: with transformers' reason, or the first tensor that differs.
+    """
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            model, _ = skeleton(Path(folder), torch.bfloat16, False)
+        except ModelError as error:
+            raise ModelError(str(error).removeprefix(f"{folder}: ")) from error
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    odd = next((name for name, shape in shapes.items() if own.get(name, shape) != shape), None)
+    if odd is not None:
+        raise ModelError(f"transformers gives {odd} the shape {list(own[odd])} and not {list(shapes[odd])}")
 
 
 def check_present(missing: Sequence[str]) -> None:

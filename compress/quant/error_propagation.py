@@ -16,6 +16,8 @@ Shapes: N tokens, I inputs, O outputs.
 import torch
 from torch import Tensor
 
+from compress.quant.statistics import add_product
+
 _DAMP = 0.1  # of the mean diagonal: the correction is least trusted where the inputs hardly vary
 
 
@@ -48,7 +50,7 @@ class PropagatedError:
             if residual is not None:
                 missing += residual[1] - residual[0]
         root_N1 = None if weight is None else weight.reshape(-1, 1).sqrt().to(inputs.dtype)
-        self._total = _add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
+        self._total = add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
 
     def total(self) -> Tensor | None:
         """What was added up, to be summed in place over parts of the calibration."""
@@ -78,15 +80,6 @@ class PropagatedError:
         damped.diagonal().add_((_DAMP * hessian.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
         lower, failed = torch.linalg.cholesky_ex(damped)  # asking here whether it failed would wait for the device
         return torch.where(failed == 0, weight + share * torch.cholesky_solve(wanted.t(), lower).t(), weight)
-
-
-def _add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Tensor:
-    """Total + left^T right in float32, without rounding 16-bit factors further."""
-    if total is None:
-        total = torch.zeros(left_NA.shape[1], right_NB.shape[1], dtype=torch.float32, device=left_NA.device)
-    if left_NA.is_cuda and left_NA.dtype in (torch.bfloat16, torch.float16):
-        return torch.addmm(total, left_NA.t(), right_NB, out_dtype=torch.float32, out=total)
-    return total.addmm_(left_NA.float().t(), right_NB.float())
 
 
 def _weighed(batch: Tensor, root_N1: Tensor | None) -> Tensor:

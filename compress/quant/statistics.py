@@ -32,10 +32,11 @@ class Gram:
         if weight is not None:
             x_NI = (x_NI * weight.reshape(-1, 1).sqrt()).to(torch.float32 if x_NI.device.type == "cpu" else x_NI.dtype)
         if self._sum is None:
-            self._sum = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=torch.float32, device=x_NI.device)
+            dtype = torch.promote_types(x_NI.dtype, torch.float32)
+            self._sum = torch.zeros(x_NI.shape[1], x_NI.shape[1], dtype=dtype, device=x_NI.device)
         sixteen = x_NI.dtype in (torch.bfloat16, torch.float16)
         on_matrix_units = sixteen and x_NI.device.type == "cuda"
-        x_NI = x_NI if on_matrix_units else x_NI.float()
+        x_NI = x_NI if on_matrix_units else x_NI.to(self._sum.dtype)
         block = _BLOCK[x_NI.device.type]
         for start in range(0, x_NI.shape[1], block):  # the upper triangle, and some of the lower one
             part = self._sum[start : start + block, start:]
@@ -46,7 +47,7 @@ class Gram:
                 part.addmm_(left_NB.t(), right_NI)
 
     def total(self) -> Tensor | None:
-        """float32 [I, I], symmetric; None without batches. Nothing may be added afterwards."""
+        """float32 (float64 of float64) [I, I], symmetric; None without batches. Nothing may be added afterwards."""
         if self._sum is None:
             return None
         for start in range(0, self._sum.shape[0], 1024):  # the lower triangle from the upper one, in place
@@ -63,3 +64,13 @@ def gram(inputs: Iterable[Tensor], weights: Iterable[Tensor | None] = itertools.
     for batch, weight in zip(inputs, weights, strict=False):
         added.add(batch, weight)
     return added.total()
+
+
+def add_product(total: Tensor | None, left_NA: Tensor, right_NB: Tensor) -> Tensor:
+    """Total + left^T right in float32 (float64 of float64), without rounding 16-bit factors further."""
+    dtype = torch.promote_types(left_NA.dtype, torch.float32)
+    if total is None:
+        total = torch.zeros(left_NA.shape[1], right_NB.shape[1], dtype=dtype, device=left_NA.device)
+    if left_NA.is_cuda and left_NA.dtype in (torch.bfloat16, torch.float16):
+        return torch.addmm(total, left_NA.t(), right_NB, out_dtype=torch.float32, out=total)
+    return total.addmm_(left_NA.to(dtype).t(), right_NB.to(dtype))

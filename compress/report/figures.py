@@ -220,8 +220,10 @@ def verdict(report: Report) -> str:
 
 
 def quantized_stage(report: Report) -> Stage | None:
-    """The last stage that recorded matrices, whose errors the report shows."""
-    stages = [stage for stage in report.stages if any(layer.modules for layer in stage.layers)]
+    """The last stage that quantized matrices, whose errors the report shows."""
+    stages = [
+        each for each in report.stages if any(isinstance(m, Module) for layer in each.layers for m in layer.modules)
+    ]
     return stages[-1] if stages else None
 
 
@@ -231,7 +233,7 @@ def matrices(report: Report) -> list[MatrixRow]:
     if stage is None:
         return []
     layers = sorted(stage.layers, key=lambda layer: math.inf if layer.layer is None else layer.layer)
-    pairs = [(layer, module) for layer in layers for module in layer.modules]
+    pairs = [(layer, module) for layer in layers for module in layer.modules if isinstance(module, Module)]
     logs = [math.log(module.error) for _, module in pairs if module.error]
     low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
     return [_matrix_row(layer, module, low, high) for layer, module in pairs]

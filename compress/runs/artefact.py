@@ -7,6 +7,7 @@ A work folder holds everything that makes a run repeatable and resumable:
       stages/<fingerprint>/        a finished stage: a checkpoint with dscompress.json
       stages/<fingerprint>.part/   one under way: a file for each finished layer
       stages/<fingerprint>.lock    held alone by who makes it, shared by those who use it
+      scores/<fingerprint>/        what stages on one model and text share: the order in which parts are removed
       evaluations/<fingerprint>*   figures, and the base model's last hidden states
       digests.json                 of the base model's files
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENVIRONMENT = "environment.json"  # what continuing half-done work needs to be the same
-_MATTERS = ("torch", "transformers")
+MATTERS = ("torch", "transformers")
 
 
 class StageArtefact:
@@ -100,7 +101,7 @@ class StageArtefact:
 
     def _begin(self, device: str) -> None:
         """Keep what an earlier run has left half-done only if this one would compute the same."""
-        here = {name: version for name, version in versions().items() if name in _MATTERS} | {"device": device}
+        here = {name: version for name, version in versions().items() if name in MATTERS} | {"device": device}
         noted = self.part / _ENVIRONMENT
         there = None
         with suppress(OSError, ValueError):

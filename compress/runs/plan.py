@@ -16,8 +16,9 @@ from compress.model.shapes import Shapes, check_depth, check_length, parameter_c
 from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
 from compress.recipe.load import load_evaluation_spec
 from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
+from compress.recipe.types import StageSpec
 from compress.stages import KINDS
-from compress.stages.contract import Plan
+from compress.stages.contract import Plan, Setting
 from compress.system.fingerprint import sha256
 from compress.system.units import size
 
@@ -41,6 +42,11 @@ class RunPlan:
     windows: int
     stages: Sequence[Plan]
     warnings: Sequence[str]
+
+    @property
+    def specs(self) -> list[StageSpec]:
+        """The recipe's stages, with what follows from the model filled in."""
+        return [plan.spec or spec for plan, spec in zip(self.stages, self.recipe.stages, strict=True)]
 
     def lines(self, work: Path) -> list[str]:
         """What a dry run prints.
@@ -84,7 +90,8 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
     plans: list[Plan] = []
     shapes: Shapes | None = base
     for number, spec in enumerate(recipe.stages):
-        plans.append(KINDS[spec.kind].plan().plan(spec, shapes, f"stages.{number}", text))
+        setting = Setting(f"stages.{number}", text, recipe.stages[number + 1 :])
+        plans.append(KINDS[spec.kind].plan().plan(spec, shapes, setting))
         shapes = plans[-1].shapes
     problems = [problem for plan in plans for problem in plan.problems]
     if problems:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,17 @@ from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
 from compress.report.write import write_model_card, write_report
-from compress.runs.artefact import StageArtefact, check_output, check_work, is_work, keep_foreign, publish, work_folder
+from compress.runs.artefact import (
+    MATTERS,
+    StageArtefact,
+    check_output,
+    check_work,
+    is_work,
+    keep_foreign,
+    publish,
+    work_folder,
+)
+from compress.runs.builds import check_planned
 from compress.runs.measure import Measurement, prompts_of
 from compress.runs.plan import RunPlan, plan_run
 from compress.stages import KINDS
@@ -91,10 +102,10 @@ def run(
         parent, parent_id = job.base, job.base_id
         stages = []
         with job.loader_ahead():
-            for spec in recipe.stages:
+            for spec in job.planned.specs:
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
-                    result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.context)
+                    result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.sharing(parent_id))
                     stage = job.commit(artefact, result, parent_id)
                 parent, parent_id = Checkpoint(artefact.folder), artefact.key
                 stages.append(stage)
@@ -185,6 +196,7 @@ class _Job:
             kept.enter_context(lock_of(folder)).acquire(exclusive=False, waiting=self.reporter.say)
         self.planned = plan_run(recipe, folder)
         self._check_splits()
+        check_planned(self.planned)
         assert self.planned.base is not None, "the model has been found"
         base = self.base = self.planned.base
         for line in self.planned.warnings:
@@ -227,6 +239,14 @@ class _Job:
             return artefact, None
         self.reporter.say(f"{spec.kind}: finished before, taken from {artefact.folder}")
         return artefact, found.stage.model_copy(update={"cached": True})
+
+    def sharing(self, parent_id: str) -> Context:
+        """The context of a stage on this parent, with the folder that it may share with other runs' stages."""
+        text = None if self.context.tokens is None else self.context.tokens.sha256
+        here = [self.context.device.type, *(version for name, version in versions().items() if name in MATTERS)]
+        return replace(
+            self.context, shared=self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here)
+        )
 
     def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
         """Give what a stage has made its place; returns the record."""

@@ -32,5 +32,6 @@ class Kind:
 
 
 KINDS = {
+    "prune": Kind("compress.recipe.prune:PruneSpec", "compress.stages.prune"),
     "quantize": Kind("compress.recipe.quantize:QuantizeStage", "compress.stages.quantize"),
 }

@@ -2,7 +2,7 @@
 
 A kind is a package with two modules (compress/stages/__init__.py lists them):
 
-    plan.py   plan(spec, shapes, where, text) -> Plan       never imports torch
+    plan.py   plan(spec, shapes, setting) -> Plan           never imports torch
     run.py    CODE_VERSION                                  raised when the same inputs give other tensors
               run(spec, parent, output, context) -> Result  resumable: what `output` holds already is continued
 """
@@ -12,10 +12,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.model.shapes import Shapes
+from compress.recipe.schema import CalibrationSpec
+from compress.recipe.types import StageSpec
 from compress.records import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What surrounds a stage in its recipe.
+
+    Args:
+        where: the stage in the recipe, such as "stages.0", which its problems start with.
+        text: what it is calibrated on.
+        following: the stages behind it.
+    """
+
+    where: str
+    text: CalibrationSpec
+    following: Sequence[StageSpec] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class Plan:
         disk_bytes: free space wanted while it runs.
         splits: whether several processes can share the work.
         generates: whether transformers alone opens the result, so that it can be asked to continue prompts.
+        spec: the stage with what follows from the model filled in, which is what runs; None: as it was.
+        builds: what to do where transformers does not build the model of these shapes; None: there is nothing to try.
     """
 
     shapes: Shapes | None
@@ -39,6 +58,8 @@ class Plan:
     disk_bytes: int = 0
     splits: bool = False
     generates: bool = True
+    spec: StageSpec | None = None
+    builds: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,8 @@ _OUTER = "outer.safetensors"
 class LayerTransform(ABC):
     """What a stage does to a model. `Layerwise` calls the methods in the order in which they stand here."""
 
+    calibrated: bool = True  # whether calibration text, where the stage has some, goes through the layers here
+
     def before_layers(self) -> None:
         """Change what the layers' inputs are computed from (the embeddings)."""
         return
@@ -50,11 +52,18 @@ class LayerTransform(ABC):
         """Get ready with the activations in front of the first layer."""
         return
 
+    def load(self, stream: LayerStream, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer, as `transform` gets them; the stream's layer is filled with them."""
+        raw = stream.load_layer(index)
+        check_finite(raw)
+        stream.fill_layer(index, raw)
+        return raw
+
     @abstractmethod
     def transform(
         self, index: int, tensors: dict[str, Tensor], calibration: Activations | None, probe: Activations
-    ) -> tuple[dict[str, Tensor], list[records.Module]]:
-        """Change a layer, which is filled with its tensors as they are stored, and run `calibration` through it.
+    ) -> tuple[dict[str, Tensor], Sequence[records.AnyModule]]:
+        """Change a layer, which `load` has brought, and run `calibration` through it.
 
         Returns:
             The tensors to write, by full name, and what the report says of them. The layer is left as it runs then.
@@ -67,7 +76,7 @@ class LayerTransform(ABC):
     @abstractmethod
     def after_layers(
         self, tensors: dict[str, Tensor], calibration: Activations | None
-    ) -> tuple[dict[str, Tensor], list[records.Module]]:
+    ) -> tuple[dict[str, Tensor], Sequence[records.AnyModule]]:
         """Change what lies outside the layers (head, norm, embeddings); as `transform`."""
 
     def metadata(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
@@ -122,11 +131,11 @@ class Layerwise:
                 if finished[index]:
                     layers.append(self._replay(stage, index, part, calibration))
                 else:
-                    begun, raw = time.monotonic(), self._load(index)
+                    begun, raw = time.monotonic(), stage.load(stream, index)
                     tensors, modules = stage.transform(index, raw, calibration, probe)
                     del raw  # the next layer is read by then
                     seconds = time.monotonic() - begun
-                    layers.append(records.Layer(layer=index, seconds=seconds, modules=modules))
+                    layers.append(records.Layer(layer=index, seconds=seconds, modules=list(modules)))
                     writer.write(part, tensors, layers[-1], self.context.device)
                 stream.run_layer(index, probe)
                 stream.empty_layer(index)
@@ -154,7 +163,8 @@ class Layerwise:
         with self.stream.outer():
             probe = self.stream.start(self.context.probe)
             stage.check(probe)
-            calibration = self.stream.start(self.context.calibration()) if self.spec.calibrates else None
+            calibrated = self.spec.calibrates and stage.calibrated
+            calibration = self.stream.start(self.context.calibration()) if calibrated else None
         stage.start(calibration, probe)
         return calibration, probe
 
@@ -166,13 +176,6 @@ class Layerwise:
         if calibration is not None:
             self.stream.run_layer(index, calibration)
         return records.Layer.model_validate_json(metadata["layer"])
-
-    def _load(self, index: int) -> dict[str, Tensor]:
-        """Fill a layer with its tensors as they are stored."""
-        raw = self.stream.load_layer(index)
-        check_finite(raw)
-        self.stream.fill_layer(index, raw)
-        return raw
 
     def _outer_names(self) -> list[str]:
         """Names of the tensors outside the decoder layers."""
@@ -190,7 +193,7 @@ class Layerwise:
         if distributed.rank() == 0:
             write_part(self.output / _OUTER, tensors, {})
         seconds = time.monotonic() - started
-        return [records.Layer(layer=None, seconds=seconds, modules=modules)] if modules else [], logits
+        return [records.Layer(layer=None, seconds=seconds, modules=list(modules))] if modules else [], logits
 
     def _finish(self, stage: LayerTransform, parts: list[Path]) -> None:
         """Join the parts to a checkpoint folder with everything that a loader wants."""

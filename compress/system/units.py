@@ -1,4 +1,14 @@
-"""Numbers of things and of bytes as people read them. Sizes are decimal (1 MB = 10^6 bytes), as disks state them."""
+"""Numbers of things and of bytes as people read and write them. Sizes are decimal: 1 MB = 10^6 bytes, as disks say."""
+
+import re
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size such as 8GB, 7.5GiB or 500MB; None for what is no size above zero."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) or None
 
 
 def size(count: float) -> str:

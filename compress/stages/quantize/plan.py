@@ -18,8 +18,7 @@ from compress.model.checkpoint import TensorInfo
 from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, model_dtype, parameter_count
 from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
-from compress.recipe.schema import CalibrationSpec
-from compress.stages.contract import Plan
+from compress.stages.contract import Plan, Setting
 from compress.stages.quantize.cache_plan import check_cache
 from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
@@ -30,17 +29,9 @@ _HEADS = ("lm_head", "embed_out")  # names by which an output head may be called
 _BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
-def plan(
-    spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, where: str, text: CalibrationSpec
-) -> Plan:
-    """What the stage will do.
-
-    Args:
-        spec: the stage.
-        shapes: of the model that it gets; None where that is not here.
-        where: the stage in the recipe, such as "stages.0".
-        text: what it is calibrated on.
-    """
+def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, setting: Setting) -> Plan:
+    """What the stage will do to a model of these shapes; None where it is not here."""
+    where, text = setting.where, setting.text
     splits = isinstance(spec, WeightOnlyStage)
     warnings = gptq_head(where) if isinstance(spec, WeightOnlyStage) and spec.format == "gptq" and spec.lm_head else []
     if shapes is None:

@@ -64,7 +64,7 @@ def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, outpu
         for line in few_tokens(spec, list(stage.matrices.values()), *amount):
             context.reporter.warn(line)
     result = Layerwise(spec, parent, stage.stream, output, context).run(stage)
-    modules = [module for layer in result.record.layers for module in layer.modules]
+    modules = [m for layer in result.record.layers for m in layer.modules if isinstance(m, records.Module)]
     fallbacks = sum(module.fallback is not None for module in modules)
     if fallbacks:
         context.reporter.warn(f"{fallbacks} of {len(modules)} matrices fell back to round-to-nearest")

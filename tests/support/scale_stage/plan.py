@@ -7,9 +7,8 @@ from pydantic import Field
 
 from compress.model.checkpoint import TensorInfo
 from compress.model.shapes import PlannedShapes, Shapes
-from compress.recipe.schema import CalibrationSpec
 from compress.recipe.types import Count, StageSpec
-from compress.stages.contract import Plan
+from compress.stages.contract import Plan, Setting
 
 
 class ScaleStage(StageSpec):
@@ -28,7 +27,8 @@ class ScaleStage(StageSpec):
         return f"scale by {self.factor:g}"
 
 
-def plan(spec: ScaleStage, shapes: Shapes | None, where: str, text: CalibrationSpec) -> Plan:
+def plan(spec: ScaleStage, shapes: Shapes | None, setting: Setting) -> Plan:
+    where = setting.where
     if shapes is None:
         return Plan(None)
     there = shapes.config["intermediate_size"]

@@ -1,0 +1,244 @@
+"""What a prune stage may say: whole parts of a model, or single weights. Never imports torch."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from compress.recipe.types import DAMP, Closed, Count, Number, StageSpec
+from compress.system.units import parse_size
+
+Axis: TypeAlias = Literal["ffn", "heads", "hidden", "layers"]
+Importance: TypeAlias = Literal["greedy", "activation", "magnitude", "fluctuation"]
+Share: TypeAlias = Annotated[Number, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+AXIS_OF: dict[str, Axis] = {
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "heads",
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+}
+
+
+def _parse_bytes(value: object) -> int:
+    size = None if isinstance(value, bool) else parse_size(str(value))
+    if not size:
+        raise PydanticCustomError("size", "not a size")
+    return size
+
+
+class Target(Closed):
+    """How small the model becomes; one of the three."""
+
+    sparsity: Share | None = Field(default=None, description="Share of the parameters to remove, such as 0.35.")
+    of: Literal["all", "layers"] = Field(
+        default="all",
+        description="What sparsity is a share of: all parameters, or those of the decoder layers alone.",
+    )
+    parameters: Annotated[Count, Field(ge=1)] | None = Field(
+        default=None, description="Parameters to keep, embeddings included, such as 5.2B."
+    )
+    bytes: Annotated[int, BeforeValidator(_parse_bytes)] | None = Field(
+        default=None, description="Most bytes of the checkpoint after all stages, such as 4GB."
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "Target":
+        given = [key for key in ("sparsity", "parameters", "bytes") if getattr(self, key) is not None]
+        if len(given) != 1:
+            said = f"has {' and '.join(given)}" if given else "says nothing"
+            raise PydanticCustomError("target", "{said}; give one of sparsity, parameters and bytes", {"said": said})
+        if self.of == "layers" and self.sparsity is None:
+            raise PydanticCustomError("of", "of is for sparsity; remove it")
+        return self
+
+
+class Shape(Closed):
+    """Sizes of the model afterwards, by their names in config.json; what is left out stays."""
+
+    intermediate_size: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Channels of an MLP.")
+    num_attention_heads: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Query heads.")
+    num_key_value_heads: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Key-value heads.")
+    hidden_size: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Residual channels.")
+    num_hidden_layers: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Decoder layers.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that are given."""
+        return {key: value for key in AXIS_OF if (value := getattr(self, key)) is not None}
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> "Shape":
+        if not self.sizes:
+            raise PydanticCustomError(
+                "empty_shape", "says nothing; give it one of {keys}", {"keys": ", ".join(AXIS_OF)}
+            )
+        return self
+
+
+class PruneStage(StageSpec):
+    """Remove whole channels, heads and layers: what is left is a smaller model of the same family."""
+
+    kind: Literal["prune"] = Field(description="What the stage does: prune.")
+    target: Target | None = Field(
+        default=None, description="How small the model becomes; the nearest shape that loaders accept is taken."
+    )
+    shape: Shape | list[Shape] | None = Field(
+        default=None,
+        description="The sizes themselves, instead of a target; of a list, the shape with the least divergence on "
+        "calibration text is taken.",
+    )
+    axes: list[Axis] | None = Field(
+        default=None,
+        min_length=1,
+        description="What may be removed: MLP channels (ffn), attention heads (heads), residual channels (hidden), a "
+        "block of decoder layers (layers). Null means ffn, or what shape names.",
+    )
+    importance: Importance | None = Field(
+        default=None,
+        description="How parts are ranked: by the output error that removing them leaves when the others make up for "
+        "it (greedy, the default with compensate), by the size of what they put out (activation, the default without), "
+        "by how much that varies (fluctuation), by their weights (magnitude).",
+    )
+    compensate: bool = Field(
+        default=True,
+        description="Solve the weights that are kept by least squares for the original model's outputs.",
+    )
+    damp: Number = DAMP
+    reconstruct: Literal["off", "submodule"] = Field(
+        default="off",
+        description="submodule: train each layer's attention and MLP for some steps towards what the original's put "
+        "out, one layer in memory. Minutes on a GPU.",
+    )
+    steps: Count = Field(default=200, ge=1, description="Steps of reconstruct for each attention and each MLP.")
+    block: Literal["kl", "influence"] = Field(
+        default="kl",
+        description="How the block of layers is chosen: by the divergence that removing it leaves (kl), or by how "
+        "little it turns the hidden states (influence, one pass).",
+    )
+    multiple_of: Annotated[Count, Field(ge=1)] | None = Field(
+        default=None,
+        description="What widths are kept a multiple of; null means 128 (64 where a width is under 2048), and what a "
+        "later stage's group_size needs.",
+    )
+    allocate: Literal["even", "auto"] = Field(
+        default="even",
+        description="Which of the shapes that meet the target: the one that shrinks all axes most evenly, or the best "
+        "of three by divergence on calibration text (auto, three times the time).",
+    )
+
+    @field_validator("axes")
+    @classmethod
+    def _check_axes(cls, value: list[Axis] | None) -> list[Axis] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise PydanticCustomError("axes", "names an axis twice; remove one")
+        return value
+
+    @field_validator("reconstruct")
+    @classmethod
+    def _check_reconstruct(cls, value: str, info: ValidationInfo) -> str:
+        if value != "off" and info.data.get("compensate") is False:
+            raise PydanticCustomError("reconstruct", "goes on from compensated weights; use compensate: true")
+        return value
+
+    @model_validator(mode="after")
+    def _check_target(self) -> "PruneStage":
+        if (self.target is None) == (self.shape is None):
+            said = "needs a target or a shape" if self.target is None else "has target and shape; keep one"
+            raise PydanticCustomError("prune_target", "{said}", {"said": said})
+        if self.shape is not None:
+            outside = [key for key in self.sizes if self.axes is not None and AXIS_OF[key] not in self.axes]
+            if outside:
+                axis = AXIS_OF[outside[0]]
+                message = f"shape.{outside[0]} is of axis {axis}, which axes does not name; add it or remove axes"
+                raise PydanticCustomError("prune_axes", "{message}", {"message": message})
+            if self.allocate == "auto":
+                raise PydanticCustomError(
+                    "prune_allocate", "allocate: auto chooses a shape and shape is given; remove one"
+                )
+        return self
+
+    @property
+    def over(self) -> list[Axis]:
+        """The axes that `axes` means."""
+        if self.axes is not None:
+            return self.axes
+        return ["ffn"] if self.shape is None else list(dict.fromkeys(AXIS_OF[key] for key in self.sizes))
+
+    @property
+    def sizes(self) -> list[str]:
+        """Keys of config.json that `shape` names."""
+        shapes = self.shape if isinstance(self.shape, list) else [self.shape]
+        return list(dict.fromkeys(key for shape in shapes if shape is not None for key in shape.sizes))
+
+    @property
+    def ranking(self) -> Importance:
+        """The ranking that `importance` means."""
+        return self.importance or ("greedy" if self.compensate else "activation")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the stage looks at calibration text."""
+        return self.compensate or self.ranking != "magnitude" or "layers" in self.over
+
+    @property
+    def title(self) -> str:
+        """The stage in a few words."""
+        return f"prune {', '.join(self.over)}"
+
+
+class PatternStage(StageSpec):
+    """Set single weights to zero; shapes stay."""
+
+    kind: Literal["prune"] = Field(description="What the stage does: prune.")
+    pattern: Literal["2:4", "4:8", "unstructured"] = Field(
+        description="At most 2 of 4 (4 of 8) neighbouring weights are kept, or any that make up the sparsity."
+    )
+    sparsity: Share | None = Field(
+        default=None, description="Share of zeros in every matrix; for unstructured, where null means 0.5."
+    )
+    method: Literal["sparsegpt", "wanda", "magnitude"] = Field(
+        default="sparsegpt",
+        description="sparsegpt makes up for each zero in the columns after it; wanda ranks by weight times input; "
+        "magnitude by the weight alone.",
+    )
+    damp: Number = DAMP
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_no_axes(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            other = [key for key in ("axes", "shape", "target") if key in value]
+            if other:
+                message = f"{other[0]} removes whole parts and pattern single weights; make them two stages"
+                raise PydanticCustomError("pattern", "{message}", {"message": message})
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _check_sparsity(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("pattern") != "unstructured":
+            raise PydanticCustomError("sparsity", "follows from the pattern; remove it, or use pattern: unstructured")
+        return value
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the stage looks at calibration text."""
+        return self.method != "magnitude"
+
+    @property
+    def title(self) -> str:
+        """The stage in a few words."""
+        return f"{self.method} {self.pattern}"
+
+
+def _member(value: object) -> str:
+    has = "pattern" in value if isinstance(value, dict) else hasattr(value, "pattern")
+    return PatternStage.__name__ if has else PruneStage.__name__
+
+
+# The tags are the classes' names: messages look up by them which keys a stage may have.
+PruneSpec: TypeAlias = Annotated[
+    Annotated[PruneStage, Tag("PruneStage")] | Annotated[PatternStage, Tag("PatternStage")], Discriminator(_member)
+]

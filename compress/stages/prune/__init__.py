@@ -1,0 +1,1 @@
+"""The prune stage: plan.py says what it will do, run.py removes parts, sparse.py sets single weights to zero."""

@@ -1,0 +1,275 @@
+"""What a prune stage will do to a model: the shape that it gets, from config.json and headers alone. Never torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from compress.errors import ModelError
+from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
+from compress.prune.axes import Anatomy, Dims, anatomy, smaller_config
+from compress.prune.search import Found, nearest_legal, search
+from compress.recipe.prune import PatternStage, PruneStage, Shape
+from compress.recipe.types import StageSpec
+from compress.stages.contract import Plan, Setting
+from compress.system.units import count, size
+
+_WIDE, _NARROW = 128, 64  # what kernels like widths to be a multiple of, in large models and in small ones
+_NARROW_UNDER = 2048
+_LEAST_STEPS = 4  # a width that has fewer multiples than that takes smaller ones
+_COMPARED = 3  # shapes, by `allocate: auto`
+_LIBRARIES = 700_000_000  # bytes
+
+
+def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Setting) -> Plan:
+    """What the stage will do to a model of these shapes; None where it is not here."""
+    where = setting.where
+    if shapes is None:
+        return Plan(None)
+    if shapes.config.get("auto_map"):
+        return Plan(
+            shapes, [f"{where}: the model comes with code of its own; pruning knows transformers' families only"]
+        )
+    if isinstance(spec, PatternStage):
+        return _pattern_plan(spec, shapes)
+    try:
+        body = anatomy(shapes)
+    except ModelError as error:
+        return Plan(shapes, [f"{where}: {error}"])
+    problems = axis_problems(spec, body, where)
+    if problems:
+        return Plan(shapes, problems)
+    multiples = multiples_of(spec, body, setting.following)
+    if spec.shape is not None:
+        given = spec.shape if isinstance(spec.shape, list) else [spec.shape]
+        found = [dims_of(each, body, where, multiples) for each in given]
+        problems = [each for each in found if isinstance(each, str)]
+        chosen = [each for each in found if isinstance(each, Dims)]
+    else:
+        chosen, problems = _searched(spec, body, setting, multiples)
+    if problems:
+        return Plan(shapes, problems)
+    best = chosen[0]
+    after = planned_shapes(body, best)
+    return Plan(
+        after,
+        warnings=warnings_of(spec, body, best, where),
+        lines=_lines(spec, body, chosen, shapes, setting),
+        disk_bytes=2 * after.bytes,
+        spec=resolved(spec, chosen),
+        builds=f"{where}: choose another shape",
+    )
+
+
+def axis_problems(spec: PruneStage, body: Anatomy, where: str) -> list[str]:
+    """Axes along which the model can't be cut, a line each."""
+    able = [axis for axis in ("ffn", "heads", "hidden", "layers") if axis not in body.problems]
+    remedy = f"use {', '.join(able)}" if able else "it can't be pruned"
+    bad = [axis for axis in spec.over if axis in body.problems]
+    return [f"{where}.axes: {axis} can't be cut here: {body.problems[axis]}; {remedy}" for axis in bad]
+
+
+def multiples_of(spec: PruneStage, body: Anatomy, following: Sequence[StageSpec]) -> dict[str, int]:
+    """What ffn, hidden and the joined width of the heads must be a multiple of."""
+    groups = [_group(stage) for stage in following]
+    dims = body.dims
+    found = {"q": math.lcm(1, *groups)}
+    for axis in ("ffn", "hidden"):
+        width = dims.of_axis(axis)
+        step = spec.multiple_of or (_WIDE if width >= _NARROW_UNDER else _NARROW)
+        while spec.multiple_of is None and step > 1 and width < _LEAST_STEPS * step:
+            step //= 2
+        found[axis] = math.lcm(step, *groups)
+    return found
+
+
+def _group(stage: StageSpec) -> int:
+    """The group of columns that a later stage's scales are for; 1 where it has none."""
+    if getattr(stage, "granularity", "") == "block":
+        return 128
+    return max(1, getattr(stage, "group_size", None) or 1)
+
+
+def dims_of(shape: Shape, body: Anatomy, where: str, multiples: dict[str, int]) -> Dims | str:
+    """The sizes that a recipe gives, or why they can't be."""
+    whole, sizes = body.dims, shape.sizes
+    before = {
+        "intermediate_size": whole.ffn, "num_attention_heads": whole.heads, "num_key_value_heads": whole.kv_heads,
+        "hidden_size": whole.hidden, "num_hidden_layers": whole.layers,
+    }  # fmt: skip
+    more = next((key for key in sizes if sizes[key] > before[key]), None)
+    if more is not None:
+        return f"{where}.shape.{more}: {sizes[more]} is more than the model's {before[more]}; pruning only removes"
+    heads, groups = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    inside = whole.heads // whole.kv_heads
+    if groups is None:
+        groups = heads if heads is not None and inside == 1 else whole.kv_heads
+    if heads is None:
+        heads = groups * inside
+    dims = Dims(
+        sizes.get("hidden_size", whole.hidden), sizes.get("intermediate_size", whole.ffn), heads, groups,
+        whole.head_dim, sizes.get("num_hidden_layers", whole.layers),
+    )  # fmt: skip
+    refused = body.refusal(dims)
+    if refused is None:
+        return dims
+    near = nearest_legal(body, dims, multiples)
+    remedy = "" if near is None else f"; the nearest legal shape is {words(near, body.dims)}"
+    return f"{where}.shape: {refused}{remedy}"
+
+
+def _searched(
+    spec: PruneStage, body: Anatomy, setting: Setting, multiples: dict[str, int]
+) -> tuple[list[Dims], list[str]]:
+    """The shapes that meet the target, or problems."""
+    target, where = spec.target, setting.where
+    assert target is not None, "there is a target where there is no shape"
+    total, inside = body.total
+    if target.sparsity is not None:
+        layers = target.of == "layers"
+        whole = inside if layers else total
+        wanted, said = (1 - target.sparsity) * whole, f"sparsity: {target.sparsity:g}"
+
+        def cost(dims: Dims) -> float:
+            return body.count(dims)[1 if layers else 0]
+    elif target.parameters is not None:
+        wanted, said = float(target.parameters), f"parameters: {count(target.parameters)}"
+        if target.parameters > total:
+            return [], [
+                f"{where}.target.parameters: {target.parameters:,} is more than the model's {total:,}; use fewer"
+            ]
+
+        def cost(dims: Dims) -> float:
+            return body.count(dims)[0]
+    else:
+        assert target.bytes is not None, "a target says one of three"
+        wanted, said = float(target.bytes), f"bytes: {size(target.bytes)}"
+        cost = partial(_final_bytes, body, setting)
+    found = search(body, spec.over, multiples, wanted, cost, at_most=target.bytes is not None)
+    if found.best:
+        return list(found.best[: _COMPARED if spec.allocate == "auto" else 1]), []
+    return [], [_not_reached(spec, body, found, said, cost, where)]
+
+
+def _not_reached(spec: PruneStage, body: Anatomy, found: Found, said: str, cost: Any, where: str) -> str:
+    near = found.nearest
+    share = 1 - body.count(near)[0] / body.total[0]
+    if spec.target is not None and spec.target.of == "layers":
+        share = 1 - body.count(near)[1] / body.total[1]
+    reached = size(cost(near)) if spec.target is not None and spec.target.bytes is not None else f"sparsity {share:.3f}"
+    shape = words(near, body.dims) or "the model as it is"
+    return (
+        f"{where}.target.{said} is reached by no shape over {', '.join(spec.over)}; "
+        f"the nearest is {reached} ({shape}); use that, or more axes"
+    )
+
+
+def _final_bytes(body: Anatomy, setting: Setting, dims: Dims) -> float:
+    """Bytes of the checkpoint behind the last stage, for a shape; infinite where a later stage can't work on it."""
+    from compress.stages import KINDS
+
+    shapes: Shapes | None = planned_shapes(body, dims)
+    for number, stage in enumerate(setting.following):
+        rest = replace(setting, where="", following=setting.following[number + 1 :])
+        after = KINDS[stage.kind].plan().plan(stage, shapes, rest)
+        if after.problems or after.shapes is None:
+            return math.inf
+        shapes = after.shapes
+    assert shapes is not None
+    return shapes.bytes
+
+
+def planned_shapes(body: Anatomy, dims: Dims) -> PlannedShapes:
+    """The model of these sizes, as far as they are known before the work: which layers stay is not."""
+    parent, modules = body.shapes, find_modules(body.shapes)
+    tied = f"{modules.head}.weight" if is_tied(parent, modules) else ""
+    tensors = {}
+    for name, info in parent.tensors.items():
+        parts: Any = body.outer.get(name, ((), ()))
+        if name.startswith(modules.layers + "."):
+            index, _, local = name.removeprefix(modules.layers + ".").partition(".")
+            if int(index) >= dims.layers:
+                continue
+            parts = body.layer[local]
+        elif name == tied:
+            continue
+        shape = body.tensor_shape(parts[0], parts[1], dims) if parts[0] else info.shape
+        width = info.bytes // max(1, math.prod(info.shape))
+        tensors[name] = replace(info, shape=shape, bytes=width * math.prod(shape))
+    config = smaller_config(body, dims, range(dims.layers))
+    header = 120 * len(tensors)
+    return PlannedShapes(parent, config, tensors, header + sum(info.bytes for info in tensors.values()))
+
+
+def resolved(spec: PruneStage, chosen: Sequence[Dims]) -> PruneStage:
+    """The stage with its shape filled in, so that what runs hangs on nothing else."""
+    shapes = [
+        Shape(
+            intermediate_size=dims.ffn, num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads,
+            hidden_size=dims.hidden, num_hidden_layers=dims.layers,
+        )
+        for dims in chosen
+    ]  # fmt: skip
+    shape = shapes if len(shapes) > 1 else shapes[0]
+    update = {"target": None, "shape": shape, "axes": spec.over, "multiple_of": None, "allocate": "even"}
+    return spec.model_copy(update=update | {"importance": spec.ranking})
+
+
+def words(dims: Dims, before: Dims) -> str:
+    """The sizes that differ, in config.json's words."""
+    pairs = [
+        ("num_hidden_layers", before.layers, dims.layers), ("hidden_size", before.hidden, dims.hidden),
+        ("intermediate_size", before.ffn, dims.ffn), ("num_attention_heads", before.heads, dims.heads),
+        ("num_key_value_heads", before.kv_heads, dims.kv_heads),
+    ]  # fmt: skip
+    return ", ".join(f"{key} {was} -> {now}" for key, was, now in pairs if was != now)
+
+
+def shares(body: Anatomy, dims: Dims) -> str:
+    """What is removed, of all parameters and of the layers'."""
+    (total, inside), (left, left_inside) = body.total, body.count(dims)
+    return (
+        f"{count(total - left)} of {count(total)} parameters: {100 * (1 - left / total):.1f} % of all, "
+        f"{100 * (1 - left_inside / inside):.1f} % of the layers'"
+    )
+
+
+def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, where: str) -> list[str]:
+    """What should be heard before the run."""
+    lines = []
+    if dims.hidden != body.dims.hidden and is_tied(body.shapes, find_modules(body.shapes)) and spec.compensate:
+        lines.append(
+            f"{where}: the head stays tied to the embeddings, so it is cut with them and not solved anew; "
+            "the hidden axis costs most in such models"
+        )
+    return lines
+
+
+def _lines(
+    spec: PruneStage, body: Anatomy, chosen: Sequence[Dims], shapes: Shapes, setting: Setting
+) -> list[tuple[str, str]]:
+    how = spec.ranking + (", compensated" if spec.compensate else "")
+    how += "" if spec.reconstruct == "off" else f", reconstructed ({spec.steps} steps)"
+    rows = [("stage", f"{spec.title} ({how})")]
+    for number, dims in enumerate(chosen):
+        label = "shape" if len(chosen) == 1 else f"shape {number + 1}"
+        rows += [(label, words(dims, body.dims) or "unchanged"), ("removed", shares(body, dims))]
+    if len(chosen) > 1:
+        rows.append(
+            ("", "the one with the least divergence on the calibration text is taken; sizes above are the first's")
+        )
+    text, dims = setting.text, body.dims
+    layer = max(1, shapes.bytes * body.total[1] // max(1, body.total[0]) // dims.layers)
+    states = 2 * 2 * text.samples * text.length * (3 * dims.hidden + max(dims.ffn, dims.heads * dims.head_dim))
+    squares = 20 * max(dims.ffn, dims.heads * dims.head_dim) ** 2
+    outside = shapes.bytes - layer * dims.layers
+    memory = 5 * layer + squares + (states if spec.calibrates else 0) + outside + _LIBRARIES
+    return [*rows, ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)")]
+
+
+def _pattern_plan(spec: PatternStage, shapes: Shapes) -> Plan:
+    modules = find_modules(shapes)
+    lines = [("stage", f"{spec.title}: {len(modules.linears)} matrices; the zeros are stored, so the size stays")]
+    after = PlannedShapes(shapes, dict(shapes.config), shapes.tensors, shapes.bytes)
+    return Plan(after, lines=lines, disk_bytes=2 * shapes.bytes)

@@ -1,0 +1,243 @@
+"""The order in which parts of every layer are best removed: one pass over the original model, shared by all targets.
+
+Each layer's orders are a file of their own, so a run that was stopped goes on behind the last one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.loop.activations import Activations
+from compress.loop.context import Context
+from compress.loop.stream import LayerStream
+from compress.model.checkpoint import Checkpoint, read_part, write_part
+from compress.prune.axes import Anatomy, Dims, Parts
+from compress.prune.importance import InputStatistics, by_unit, greedy_order
+from compress.prune.surgery import Kept
+from compress.quant.statistics import Gram
+from compress.recipe.prune import PruneStage
+from compress.stages.layerwise import check_finite
+from compress.system.locks import FileLock
+
+CODE_VERSION = 1
+
+
+class Scores:
+    """Removal orders of a model's layers.
+
+    Args:
+        spec: the stage.
+        parent: the model.
+        body: its anatomy.
+        context: device, calibration tokens, progress.
+        folder: where the orders are kept.
+        room: bytes that activations may take.
+    """
+
+    def __init__(
+        self, spec: PruneStage, parent: Checkpoint, body: Anatomy, context: Context, folder: Path, room: float
+    ) -> None:
+        self.spec, self.parent, self.body, self.context, self.room = spec, parent, body, context, room
+        self.ranking = spec.ranking
+        shared = folder if context.shared is None else context.shared
+        damp = f"-{spec.damp:g}" if self.ranking == "greedy" else ""
+        self.folder = shared / f"{self.ranking}{damp}-v{CODE_VERSION}"
+        self.files = [self.folder / f"layer-{index:05d}.safetensors" for index in range(body.dims.layers + 1)]
+
+    def find(self) -> None:
+        """Compute what is not there yet; waits where another process is at the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        say = self.context.reporter.say
+        with FileLock(self.folder.parent.with_name(f"{self.folder.parent.name}.lock")) as lock:
+            lock.acquire(exclusive=True, waiting=lambda who: say(f"scores: waiting for {who}, which is at the same"))
+            if not all(file.is_file() for file in self.files):
+                self._compute()
+
+    @torch.no_grad()
+    def _compute(self) -> None:
+        context, depth = self.context, self.body.dims.layers
+        stream = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, self.room)
+        with stream.outer():
+            calibration = stream.start(context.probe if self.ranking == "magnitude" else context.calibration())
+        with context.reporter.task(f"rank by {self.ranking}", depth, "layer") as advance:
+            for index, file in enumerate(self.files[:depth]):
+                raw = stream.load_layer(index)
+                check_finite(raw)
+                stream.fill_layer(index, raw)
+                if file.is_file():
+                    stream.run_layer(index, calibration)
+                else:
+                    write_part(file, self._of_layer(stream, index, raw, calibration), {})
+                stream.empty_layer(index)
+                advance()
+        stream.close()
+        norm = stream.arch.norm
+        energy = _Energy()
+        for batch in calibration:
+            energy.add(batch)
+        write_part(self.files[depth], {f"energy.{norm}.weight": energy.shares().cpu()}, {})
+
+    def _of_layer(
+        self, stream: LayerStream, index: int, raw: Mapping[str, Tensor], calibration: Activations
+    ) -> dict[str, Tensor]:
+        """Orders of a filled layer, which `calibration` goes through."""
+        prefix = stream.prefix(index)
+        found: dict[str, Tensor] = {}
+        with _energies(stream.layers[index], norm_names(self.body)) as energies:
+            for group, arrivals in stream.steps(index, calibration):
+                wanted = [name for name in group if self._columns(name) in (("ffn",), ("q",))]
+                if not wanted:
+                    continue
+                name, gram, statistics = wanted[0], Gram(), InputStatistics()
+                if self.ranking == "greedy":
+                    for arrival in arrivals:
+                        gram.add(arrival.input)
+                elif self.ranking != "magnitude":
+                    for arrival in arrivals:
+                        statistics.add(arrival.input)
+                found |= self._orders(name, raw, prefix, gram.total(), statistics)
+        found |= {f"energy.{norm}.weight": energy.shares() for norm, energy in energies.items()}
+        found["hidden"] = self._hidden(raw, prefix, energies)
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def _columns(self, module: str) -> Parts:
+        parts = self.body.layer.get(f"{module}.weight")
+        return parts[0][1] if parts is not None and len(parts[0]) == 2 else ()
+
+    def _orders(
+        self, name: str, raw: Mapping[str, Tensor], prefix: str, gram: Tensor | None, statistics: InputStatistics
+    ) -> dict[str, Tensor]:
+        """The order of the units that are the inputs of this linear, first to be removed first."""
+        weight, dims = raw[f"{prefix}{name}.weight"].float(), self.body.dims
+        damp = self.spec.damp
+        if self._columns(name) == ("ffn",):
+            if gram is not None:
+                return {"ffn": greedy_order(weight, gram, damp)[0]}
+            return {"ffn": self._alone(name, weight, raw, prefix, statistics).argsort(stable=True)}
+        inside = dims.heads // dims.kv_heads
+        if gram is not None:
+            order = greedy_order(weight, gram, damp, dims.head_dim, quota=inside)[0]
+            groups = greedy_order(weight, gram, damp, dims.head_dim * inside)[0]
+        else:
+            scores = self._alone(name, weight, raw, prefix, statistics)
+            order = by_unit(scores, dims.head_dim).argsort(stable=True)
+            groups = by_unit(scores, dims.head_dim * inside).argsort(stable=True)
+        rows = [order[order // inside == group] for group in range(dims.kv_heads)]
+        return {"heads": torch.stack(rows), "groups": groups}
+
+    def _alone(
+        self, name: str, weight: Tensor, raw: Mapping[str, Tensor], prefix: str, statistics: InputStatistics
+    ) -> Tensor:
+        """A score of each input by itself, [I]."""
+        if self.ranking == "activation":
+            return statistics.activation()
+        if self.ranking == "fluctuation":
+            return (statistics.variance() * weight.square().sum(0)).sqrt()
+        total = weight.square().sum(0)
+        width = weight.shape[1]
+        for full, (parts, shape) in self.body.layer.items():
+            rows = raw[prefix + full].float()
+            if len(shape) == 2 and parts[0] == self._columns(name):
+                total = total + rows.square().sum(1)
+            elif len(shape) == 2 and parts[0] == self._columns(name) * 2:  # gate and up in one
+                total = total + rows.square().sum(1).view(2, width).sum(0)
+        return total.sqrt()
+
+    def _hidden(self, raw: Mapping[str, Tensor], prefix: str, energies: Mapping[str, "_Energy"]) -> Tensor:
+        """What each residual channel weighs in this layer, [D]: its share of what the linears that read it put out."""
+        total = torch.zeros(self.body.dims.hidden, device=next(iter(raw.values())).device)
+        reads = sum((each.shares().to(total) for each in energies.values()), torch.zeros_like(total))
+        for full, (parts, shape) in self.body.layer.items():
+            if len(shape) == 2 and parts[1] == ("hidden",):
+                columns = raw[prefix + full].float().square().sum(0)
+                if self.ranking in ("greedy", "fluctuation"):
+                    columns = columns * reads
+                total += columns / columns.sum().clamp_min(1e-30)
+        return reads if self.ranking == "activation" else total
+
+    def kept(self, index: int, dims: Dims, hidden: Tensor | None) -> Kept:
+        """What stays of a layer.
+
+        Args:
+            index: of the original's layer.
+            dims: sizes afterwards.
+            hidden: residual channels that stay; None is all.
+        """
+        before, found = self.body.dims, read_part(self.files[index])[0]
+        ffn = heads = groups = None
+        if dims.ffn < before.ffn:
+            ffn = found["ffn"][before.ffn - dims.ffn :].sort().values
+        if (dims.heads, dims.kv_heads) != (before.heads, before.kv_heads):
+            inside, left = before.heads // before.kv_heads, dims.heads // dims.kv_heads
+            groups = found["groups"][before.kv_heads - dims.kv_heads :].sort().values
+            heads = found["heads"][groups][:, inside - left :].flatten().sort().values
+        return Kept(before, ffn, heads, groups, hidden)
+
+    def hidden(self, width: int, layers: list[int]) -> Tensor | None:
+        """Residual channels that stay, by their weight in these layers; None is all."""
+        if width == self.body.dims.hidden:
+            return None
+        total = torch.stack([read_part(self.files[index])[0]["hidden"] for index in layers]).sum(0)
+        return total.argsort(descending=True, stable=True)[:width].sort().values
+
+    def ratios(self, index: int, hidden: Tensor | None) -> dict[str, float]:
+        """What the residual channels that stay have of a norm's root mean square, by its weight's name.
+
+        Args:
+            index: the original's layer; the number of layers: the norm behind them.
+            hidden: the channels.
+        """
+        if hidden is None:
+            return {}
+        found = read_part(self.files[index])[0]
+        shares = {name.removeprefix("energy."): each for name, each in found.items() if name.startswith("energy.")}
+        return {name: float(each[hidden].mean().sqrt()) for name, each in shares.items()}
+
+
+def norm_names(body: Anatomy) -> list[str]:
+    """Modules of a layer (local names) whose weights are as long as the hidden states."""
+    one = [name for name, (parts, shape) in body.layer.items() if len(shape) == 1 and parts[0] == ("hidden",)]
+    return [name.removesuffix(".weight") for name in one if "norm" in name and name.endswith(".weight")]
+
+
+@dataclass
+class _Energy:
+    """Of a norm's inputs: each channel's mean square, of vectors scaled to a root mean square of 1."""
+
+    _sum: Tensor | None = None
+    _tokens: int = 0
+
+    def add(self, batch: Tensor) -> None:
+        """Add a batch [..., D]."""
+        squares = batch.float().square().flatten(0, -2)
+        found = (squares / squares.mean(-1, keepdim=True).clamp_min(1e-30)).sum(0)
+        self._sum = found if self._sum is None else self._sum + found
+        self._tokens += len(squares)
+
+    def shares(self) -> Tensor:
+        """[D], of mean 1."""
+        assert self._sum is not None, "the norm was called"
+        return self._sum / self._tokens
+
+
+@contextmanager
+def _energies(layer: nn.Module, names: list[str]) -> Iterator[dict[str, _Energy]]:
+    """Inside, what these norms read is added up."""
+    energies = {name: _Energy() for name in names}
+
+    def look(energy: _Energy) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not inputs[0].is_meta:  # a rehearsal
+                energy.add(inputs[0])
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, energy in energies.items():
+            hooks.callback(layer.get_submodule(name).register_forward_pre_hook(look(energy)).remove)
+        yield energies
