@@ -120,7 +120,8 @@ class PrunedModule(_Typed):
 
     `error` is |W' X - T|^2 / |T|^2, where T is what the original model's linear puts out with the drift of what comes
     before it, `error_cut` the same of the weights that were merely kept; None where it was not measured.
-    `error_reconstructed`, beside a layer's last linear, is the layer's relative output error after reconstruction.
+    Beside a layer's last linear, `layer_error` and `layer_error_trained` are the whole layer's relative output error on
+    calibration text that it was not trained on, before and after reconstruction.
     """
 
     name: str
@@ -128,6 +129,8 @@ class PrunedModule(_Typed):
     before: tuple[int, int]
     error: float | None = None
     error_cut: float | None = None
+    layer_error: float | None = None
+    layer_error_trained: float | None = None
 
 
 class SparseModule(_Typed):
@@ -143,7 +146,11 @@ AnyModule: TypeAlias = Module | PrunedModule | SparseModule
 
 
 class Pruned(_Typed):
-    """What structured pruning removed: sizes by config.json's names, parameters, and which layers (numbers before)."""
+    """What structured pruning removed: sizes by config.json's names, parameters, and which layers (numbers before).
+
+    `calibration_kl` is the divergence from the parent on calibration text, nats per token; `tried` has it for every
+    shape that was compared.
+    """
 
     before: dict[str, int]
     after: dict[str, int]
@@ -152,6 +159,8 @@ class Pruned(_Typed):
     share: float
     share_of_layers: float
     removed_layers: list[int] = []
+    calibration_kl: float | None = None
+    tried: dict[str, float] = {}
 
 
 class Layer(_Typed):

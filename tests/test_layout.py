@@ -29,6 +29,7 @@ EXCEPTIONS = {
     "compress.formats": ("compress.quant.grid",),  # the one definition of rounding
     "compress.kernels": ("compress.quant.grid",),
     "compress.loop": ("compress.data.calibration.TokenSet",),  # the type
+    "compress.prune": ("compress.quant.gptq", "compress.quant.statistics"),  # SparseGPT is GPTQ's loop
     "compress.recipe": ("compress.stages.KINDS",),  # a table that imports nothing
 }
 

@@ -1,7 +1,6 @@
 """The model as it was, run beside the compressed one on the same tokens: it shows the error that has propagated."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from compress.loop.stream import LayerStream
 
 
 class Beside(NamedTuple):
-    """What the original model has in front of a group: X0 [B, S, I]; and (R, R0) [B, S, D] where the output joins R."""
+    """What the original model has in front of a group: X0 [B, S, I]; and what both read of the residual stream last."""
 
     original: Tensor
     residual: tuple[Tensor, Tensor] | None
@@ -29,20 +28,23 @@ class ReferenceModel:
         stream: of the original model, filled from what another stream has read.
         activations: of the calibration, in front of the first layer.
         probe: of a few tokens.
+
+    Attributes:
+        activations: behind the last layer that was gone through.
     """
 
     def __init__(self, stream: LayerStream, activations: Activations, probe: Activations) -> None:
-        self.stream, self._activations, self._probe = stream, activations, probe
+        self.stream, self.activations, self._probe = stream, activations, probe
 
     def run(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Go through a layer."""
         self.stream.fill_layer(index, dict(tensors))
-        self.stream.run_layer(index, self._activations)
+        self.stream.run_layer(index, self.activations)
         self._leave(index)
 
     def ahead(self, indices: Sequence[int]) -> Activations:
         """What the original model puts out behind these layers, which follow; it stays where it is."""
-        activations = self._activations.copy()
+        activations = self.activations.copy()
         for index in indices:
             self.stream.fill_layer(index, self.stream.load_layer(index))
             self.stream.run_layer(index, activations)
@@ -74,10 +76,10 @@ class ReferenceModel:
         layer = self.stream.fill_layer(own, dict(tensors))
         probe = self._probe.copy()
         writers = carriers(layer, lambda: self._through(own, probe))
-        steps = zip(stream.steps(index, activations), self.stream.steps(own, self._activations), strict=True)
+        steps = zip(stream.steps(index, activations), self.stream.steps(own, self.activations), strict=True)
         for (group, arrivals), (_, originals) in steps:
             writing = writers & set(group)
-            yield group, map(_pair, arrivals, originals, repeat(bool(writing))), writing
+            yield group, map(_pair, arrivals, originals), writing
         self._leave(own)
 
     def _through(self, index: int, probe: Activations) -> Tensor:
@@ -89,8 +91,8 @@ class ReferenceModel:
         self.stream.empty_layer(index)
 
 
-def _pair(arrival: Arrival, original: Arrival, writing: bool) -> tuple[Tensor, Beside]:
+def _pair(arrival: Arrival, original: Arrival) -> tuple[Tensor, Beside]:
     residual = None
-    if writing and arrival.residual is not None and original.residual is not None:
+    if arrival.residual is not None and original.residual is not None:
         residual = arrival.residual, original.residual
     return arrival.input, Beside(original.input, residual)

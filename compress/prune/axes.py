@@ -182,7 +182,7 @@ def _dims(shapes: Shapes, config: Mapping[str, Any]) -> Dims:
         kind = config.get("model_type")
         raise ModelError(f"{shapes.folder}: config.json has no single {odd}; {kind} models can't be pruned")
     hidden, ffn, heads, layers = found.values()
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = heads if config.get("model_type") in _DERIVED else config.get("num_key_value_heads") or heads
     return Dims(hidden, ffn, heads, kv_heads, config.get("head_dim") or hidden // heads, layers)
 
 

@@ -4,10 +4,11 @@ A linear of the smaller model reads X (some inputs are gone, and what comes befo
 read X0 and put out W0 X0. Where its output is added to the residual stream, that has moved too, from R0 to R. What is
 wanted of the new weights is T = W0 X0 + R0 - R, so they are
 
-    W' = argmin |W' X - T|^2 + d |W' - W|^2 = W + (T - W X) X^T (X X^T + d 1)^-1,
+    W' = argmin |W' X - T|^2 + d |(W' - W) diag(X X^T)^1/2|^2 = W + (T - W X) X^T (X X^T + d diag(X X^T))^-1,
 
 with W what was kept of W0. Without drift and damping that is the optimal brain surgeon's update for all removed columns
-at once.
+at once. Each input is damped by its own energy, not by the mean of all, which a few huge inputs would make too much for
+the others. With few tokens for the inputs they are damped more (`damping`).
 
 Shapes: N tokens, I0 inputs of the original, I of the smaller model's linear, O outputs that are kept.
 """
@@ -20,6 +21,8 @@ from torch import Tensor
 from compress.quant.statistics import Gram, add_product
 
 _RETRIES = 6  # each ten times the damping before
+_LEAST = 1e-9  # of the mean energy: what every input is damped by
+_STRENGTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class WriterFit:
         """The new weights.
 
         Args:
-            damp: share of the mean diagonal of X X^T that pulls them towards the kept ones.
+            damp: share of each input's energy that pulls its weights towards the kept ones.
         """
         gram = self._gram.total()
         assert gram is not None and self._missing is not None, "batches were added"
@@ -107,30 +110,42 @@ class ReaderFit:
         self._gram.add(rows)
         self._across = add_product(self._across, original.flatten(0, -2), rows)
 
-    def solve(self, kept: Tensor, original: Tensor, damp: float) -> Refit:
-        """The new weights of one of them; `kept` is W [O, I], `original` W0 [O, I0]."""
+    def solve(self, kept: Tensor, original: Tensor, damp: float, share: float = 1.0) -> Refit:
+        """The new weights of one of them.
+
+        Args:
+            kept: W [O, I].
+            original: W0 [O, I0].
+            damp: as for `WriterFit.solve`.
+            share: of the way from W to W'.
+        """
         gram = self._gram.total()
         assert gram is not None and self._across is not None, "batches were added"
         missing = original.to(gram.dtype) @ self._across - kept.to(gram.dtype) @ gram
-        return Refit(kept + ridge(missing, gram, damp), None, None)
+        return Refit(kept + share * ridge(missing, gram, damp), None, None)
+
+
+def damping(tokens: int, inputs: int, damp: float) -> float:
+    """Share of each input's energy to damp by, where a recipe says `damp`: more where the tokens are few."""
+    return max(damp, _STRENGTH * inputs / tokens)
 
 
 def ridge(missing: Tensor, gram: Tensor, damp: float) -> Tensor:
-    """M (G + d mean(diag G) 1)^-1 for M = (T - W X) X^T [O, I] and G = X X^T [I, I]; zero where G is."""
+    """M (G + d diag(G))^-1 for M = (T - W X) X^T [O, I] and G = X X^T [I, I]; zero where G is."""
     lower = damped_factor(gram, damp)
     return torch.zeros_like(missing) if lower is None else torch.cholesky_solve(missing.t(), lower).t()
 
 
 def damped_factor(gram: Tensor, damp: float) -> Tensor | None:
-    """The lower Cholesky factor of G + d mean(diag G) 1, with ten times d where it has to be; None where G is zero.
+    """The lower Cholesky factor of G + d diag(G), with ten times d where it has to be; None where G is zero.
 
-    Inputs that are always zero get the whole mean.
+    Inputs that are always zero get the mean.
     """
     diagonal = gram.diagonal()
-    mean = diagonal.mean()
+    least = torch.where(diagonal <= 0, diagonal.mean(), _LEAST * diagonal.mean())
     for attempt in range(_RETRIES):
         damped = gram.clone()
-        damped.diagonal().add_(torch.where(diagonal <= 0, mean, damp * 10**attempt * mean))
+        damped.diagonal().add_(damp * 10**attempt * diagonal + least)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
             factor: Tensor = lower

@@ -37,13 +37,12 @@ class InputStatistics:
 
     def activation(self) -> Tensor:
         """Mean magnitude over a sequence, root of the sum of squares over sequences: [I]."""
-        found: Tensor = torch.stack(self._batches).square().sum(0)
-        return found.sqrt()
+        return torch.stack(self._batches).square().sum(0).sqrt()
 
     def variance(self) -> Tensor:
         """[I]."""
         assert self._sums is not None, "batches were added"
-        mean, square = self._sums / self._tokens
+        mean, square = (self._sums / self._tokens).unbind()
         return (square - mean.square()).clamp_min(0)
 
 
@@ -53,7 +52,7 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
     Args:
         weight: [O, I].
         hessian: X^T X, float32 [I, I].
-        damp: share of its mean diagonal that is added to the diagonal.
+        damp: share of its diagonal that is added to it.
         width: columns of a unit.
         quota: units of a neighbourhood of which every round takes one; 0: they compete with all others.
 

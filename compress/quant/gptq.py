@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) with one triangular factor and no inverse, and round-to-nearest.
+"""GPTQ (Frantar et al., arXiv 2210.17323) with one triangular factor and no inverse, SparseGPT, and round-to-nearest.
 
 Quantizing column by column with error feedback is nearest-plane rounding in the lattice of the Hessian's factor. With
 
@@ -13,10 +13,14 @@ A group's scale is fitted when the group is entered, to the weights as the error
 order therefore moves whole groups (largest first) and columns inside them, never columns across groups: it keeps both
 advantages and the stored column order, so no g_idx is needed. That is GAR, group-aware reordering (arXiv 2505.14638).
 
+A weight that is set to zero is one whose only level is 0, so SparseGPT (Frantar and Alistarh, arXiv 2301.00774) is the
+same loop: a `Mask` says which weights become zero, a few columns at a time as they are entered, by what that costs:
+R_jj^2 times the square of what the errors so far have made of them. The others are rounded, or keep their targets.
+
 Everything here takes tensors and returns tensors. Shapes: O output rows, I input columns, G groups, g columns in one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,6 +38,7 @@ _ROWS_WORTH_THREADS = (
     8192  # in the column loop's products; with fewer, threads wait longer for each other than they work
 )
 _DAMP_RETRIES = 6  # each ten times the damping before
+_BLOCK = 128  # columns between two products with all errors before them, where no scale makes groups
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ class Factor:
     pivot: Tensor
     order: Tensor
     damp: float
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights become zero.
+
+    Args:
+        width: neighbouring columns that are decided on together, when the first of them is entered.
+        keep: from a column and the cost of zeros from there on, float32 [O, n], which weights stay, bool [O, n]. n is
+            `width`, a multiple of it, or what is left at the matrix's end.
+    """
+
+    width: int
+    keep: Callable[[int, Tensor], Tensor]
 
 
 def visiting_order(importance: Tensor, columns_per_group: int, act_order: bool) -> Tensor:
@@ -99,7 +118,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor:
     )
 
 
-def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quantized, Tensor]:
+def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip, mask: Mask | None = None) -> tuple[Quantized, Tensor]:
     """Quantize one matrix with error feedback.
 
     Args:
@@ -107,13 +126,13 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quanti
         factor: of the Hessian of the matrix's inputs; its order must keep groups whole.
         grid: where the codes lie.
         clip: how a group's scale is found.
+        mask: the weights that become zero (code == zero point) in the same pass; its width divides the groups', and the
+            factor is in the stored order.
 
     Returns:
         The matrix, and each row's loss (w - w^) H (w - w^)^T under the damped Hessian, float32 [O].
     """
-    rows, columns = weight.shape
-    width = grid.columns_per_group(columns)
-    if usable(weight) and not grid.float8:
+    if mask is None and usable(weight) and not grid.float8:
         from compress.kernels.solver import solve  # here, because it imports triton
 
         work = weight.t().contiguous()[factor.order].float()
@@ -121,24 +140,78 @@ def gptq(weight: Tensor, factor: Factor, grid: Grid, clip: Clip) -> tuple[Quanti
         codes, scales, zeros, loss = solve(work, factor.feedback, factor.pivot, weighs, grid, group_scales)
         return _in_stored_order(codes, scales, zeros, factor.order, grid), loss
     work = weight.float().t()[factor.order]  # [I, O], rows in the visiting order
+    levels, scales, zeros, loss = _walk(work, factor, grid, clip, mask)
+    return _in_stored_order(levels, scales, zeros, factor.order, grid), loss
+
+
+def sparsify(weight: Tensor, factor: Factor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Set weights of one matrix to zero, and make up for each in the columns after it; nothing is rounded.
+
+    Args:
+        weight: [O, I].
+        factor: of the Hessian of the matrix's inputs, in the stored order.
+        mask: which; its width divides 128.
+
+    Returns:
+        The matrix, float32 [O, I], and each row's loss as for `gptq`.
+    """
+    values, _, _, loss = _walk(weight.float().t().contiguous(), factor, None, "none", mask)
+    return values.t().contiguous(), loss
+
+
+def _walk(
+    work: Tensor, factor: Factor, grid: Grid | None, clip: Clip, mask: Mask | None
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """The loop over groups of columns of `work` [I, O], in the visiting order.
+
+    Returns:
+        Codes as float32 [I, O] (without a grid the weights themselves), each group's scale and zero, each row's loss.
+    """
+    columns, rows = work.shape
+    width = _BLOCK if grid is None else grid.columns_per_group(columns)
     error, levels = torch.empty_like(work), torch.empty_like(work)
     loss = work.new_zeros(rows)
     scales, zeros = [], []
     for start in range(0, columns, width):
         group = slice(start, start + width)
+        pivot, inside = factor.pivot[group], factor.feedback[group, group]
         target = torch.addmm(work[group], factor.feedback[:start, group].t(), error[:start])
-        inside = factor.feedback[group, group]
-        # where the errors so far have moved the group's weights, were the rest of it not rounded
-        moved = torch.linalg.solve_triangular(inside.t(), target - work[group], upper=False, unitriangular=True)
-        scale, zero = group_scales(moved.add_(work[group]).t(), importance(factor.pivot[group], clip), grid)
+        chooser = None if mask is None else _GroupMask(mask, start, pivot)
+        if grid is None:
+            scale, zero = work.new_ones(rows), work.new_zeros(rows)
+        else:
+            moved = _moved(work[group], target, inside)
+            if chooser is not None:  # foreseen: errors inside the group may still change the choice a little
+                moved.masked_fill_(chooser.removed(0, moved), 0.0)
+            scale, zero = group_scales(moved.t(), importance(pivot, clip), grid)
         with one_thread() if rows < _ROWS_WORTH_THREADS else nullcontext():
-            _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group])
+            _quantize_group(work[group], target, inside, scale, zero, grid, levels[group], error[group], chooser)
         missed = torch.addcmul(target, levels[group], scale, value=-1)
-        loss += factor.pivot[group] @ missed.square_()
+        loss += pivot @ missed.square_()
         levels[group].add_(zero)
         scales.append(scale)
         zeros.append(zero)
-    return _in_stored_order(levels, scales, zeros, factor.order, grid), loss
+    return levels, scales, zeros, loss
+
+
+def _moved(weight: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
+    """Where the errors so far have moved columns [n, O], were these left alone; `feedback` is that among them."""
+    moved: Tensor = torch.linalg.solve_triangular(feedback.t(), target - weight, upper=False, unitriangular=True)
+    return moved.add_(weight)
+
+
+@dataclass(frozen=True)
+class _GroupMask:
+    """A mask, to be asked about the group of columns that begins at `start` and has the pivots [g]."""
+
+    mask: Mask
+    start: int
+    pivot: Tensor
+
+    def removed(self, first: int, moved: Tensor) -> Tensor:
+        """Which of `moved` [n, O], the group's columns from `first` on, become zero: bool [n, O]."""
+        cost = moved.square() * self.pivot[first : first + len(moved), None]
+        return ~self.mask.keep(self.start + first, cost.t()).t().contiguous()
 
 
 def _quantize_group(
@@ -147,24 +220,38 @@ def _quantize_group(
     feedback: Tensor,
     scale: Tensor,
     zero: Tensor,
-    grid: Grid,
+    grid: Grid | None,
     levels: Tensor,
     error: Tensor,
+    chooser: _GroupMask | None = None,
 ) -> None:
     """Column loop of one group [g, O], in place.
 
     `target` holds the weights plus the feedback of earlier groups and gets that of this one; `levels` (code - zero) and
-    `error` (w - w^) are filled. A level times a 16-bit scale is exact in float32, so `addcmul` rounds once.
+    `error` (w - w^) are filled. A level times a 16-bit scale is exact in float32, so `addcmul` rounds once. Without a
+    grid, levels are the targets themselves.
     """
-    low, high = -zero, grid.largest_code - zero
-    for first in range(0, target.shape[0], _INNER):
-        last = min(first + _INNER, target.shape[0])
+    low, high = -zero, zero if grid is None else grid.largest_code - zero
+    columns, removed = target.shape[0], torch.empty(0)
+    for first in range(0, columns, _INNER):
+        last = min(first + _INNER, columns)
         for column in range(first, last):
-            level = round_levels_(torch.div(target[column], scale, out=levels[column]), low, high, grid)
+            if grid is None:
+                level = levels[column].copy_(target[column])
+            else:
+                level = torch.div(target[column], scale, out=levels[column])
+                round_levels_(level, low, high, grid)
+            if chooser is not None:
+                width = chooser.mask.width
+                if column % width == 0:
+                    part = slice(column, min(column + width, columns))
+                    moved = _moved(weight[part], target[part], feedback[part, part])
+                    removed = chooser.removed(column, moved)
+                level.masked_fill_(removed[column % width], 0.0)
             missed = torch.addcmul(weight[column], level, scale, value=-1, out=error[column])
             if column + 1 < last:
                 target[column + 1 : last].addr_(feedback[column, column + 1 : last], missed)
-        if last < target.shape[0]:
+        if last < columns:
             target[last:].addmm_(feedback[first:last, last:].t(), error[first:last])
 
 

@@ -343,8 +343,8 @@ def _check_extent(text: str) -> None:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    if node.tag.endswith(":timestamp"):
-        return node.value
+    if node.tag.endswith(":timestamp") or (":" in node.value and node.tag.endswith((":int", ":float"))):
+        return node.value  # 2:4 is no number of base 60
     if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
         problem = f"a number has {len(node.value):,} characters; use at most {_MOST_DIGITS}, or put text in quotes"
         raise Excess(problem, node.start_mark)

@@ -105,7 +105,13 @@ class PruneStage(StageSpec):
         default=True,
         description="Solve the weights that are kept by least squares for the original model's outputs.",
     )
-    damp: Number = DAMP
+    damp: Number = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        description="Share of each input's energy that holds its weights back when they are solved.",
+    )
     reconstruct: Literal["off", "submodule"] = Field(
         default="off",
         description="submodule: train each layer's attention and MLP for some steps towards what the original's put "

@@ -55,7 +55,13 @@ class WeightOnlyStage(StageSpec):
     )
     act_order: bool = Field(
         default=True,
-        description="Quantize the columns with the largest inputs first (loaders see no difference).",
+        description="Quantize the columns with the largest inputs first (loaders see no difference); with a pattern, "
+        "columns stay in their order.",
+    )
+    pattern: Literal["2:4", "4:8"] | None = Field(
+        default=None,
+        description="Keep 2 of every 4 (4 of every 8) neighbouring weights in the layers; the others become exact "
+        "zeros in the same pass (SparseGPT). Zeros that a prune stage has made so stay where they are.",
     )
     damp: Number = DAMP
     clip: Literal["none", "mse", "hessian"] | None = Field(
@@ -83,6 +89,15 @@ class WeightOnlyStage(StageSpec):
     def _check_clip(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value == "hessian" and info.data.get("method") == "rtn":
             raise PydanticCustomError("clip", "needs the inputs, which rtn never sees; use mse, none or method: gptq")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("method") == "rtn":
+            raise PydanticCustomError(
+                "pattern", "needs the inputs, which rtn never sees; remove it or use method: gptq"
+            )
         return value
 
     @field_validator("ignore")
@@ -129,7 +144,7 @@ class WeightOnlyStage(StageSpec):
     @property
     def title(self) -> str:
         """The stage in a few words."""
-        return f"{self.method} {self.bits}-bit"
+        return f"{self.method} {self.bits}-bit" + (f" {self.pattern}" if self.pattern else "")
 
 
 class MethodOverride(Closed):

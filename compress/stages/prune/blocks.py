@@ -71,14 +71,28 @@ def _divergences(stream: LayerStream, size: int, first: int, context: Context) -
             advance()
         if stream.depth - size >= first:
             skipped[stream.depth - size] = behind[stream.depth - size]
-    figures = dict.fromkeys(skipped, 0.0)
     with stream.outer():
-        for number in range(len(whole.hidden)):
-            original = stream.logits(whole.get(number))[0].float().log_softmax(-1)
-            for start, each in skipped.items():
-                other = stream.logits(each.get(number))[0].float().log_softmax(-1)
-                figures[start] += float((original.exp() * (original - other)).sum(-1).mean())
-    return {start: total / len(whole.hidden) for start, total in figures.items()}
+        return {start: divergence((stream, whole), (stream, each)) for start, each in skipped.items()}
+
+
+def divergence(original: tuple[LayerStream, Activations], other: tuple[LayerStream, Activations]) -> float:
+    """KL(original || other), nats per token, on the first few thousand tokens.
+
+    Args:
+        original: a model inside `outer()`, and its states behind the last layer.
+        other: another one, on the same tokens.
+    """
+    total, tokens = 0.0, 0
+    for number in range(len(original[1].hidden)):
+        pair = zip(original[1].get(number).split(1), other[1].get(number).split(1), strict=True)
+        for first, second in pair:
+            if tokens >= _TOKENS:
+                break
+            wanted = original[0].logits(first)[0].float().log_softmax(-1)
+            found = other[0].logits(second)[0].float().log_softmax(-1)
+            total += float((wanted.exp() * (wanted - found)).sum())
+            tokens += first.shape[1]
+    return total / tokens
 
 
 def _turns(stream: LayerStream, size: int, first: int, context: Context) -> dict[int, float]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from compress.errors import ModelError
+from compress.model.arch import depth_of
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
 from compress.prune.axes import Anatomy, Dims, anatomy, smaller_config
 from compress.prune.search import Found, nearest_legal, search
@@ -32,7 +33,7 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
             shapes, [f"{where}: the model comes with code of its own; pruning knows transformers' families only"]
         )
     if isinstance(spec, PatternStage):
-        return _pattern_plan(spec, shapes)
+        return _pattern_plan(spec, shapes, setting)
     try:
         body = anatomy(shapes)
     except ModelError as error:
@@ -268,8 +269,26 @@ def _lines(
     return [*rows, ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)")]
 
 
-def _pattern_plan(spec: PatternStage, shapes: Shapes) -> Plan:
-    modules = find_modules(shapes)
-    lines = [("stage", f"{spec.title}: {len(modules.linears)} matrices; the zeros are stored, so the size stays")]
+def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
+    modules, text = find_modules(shapes), setting.text
+    linears, of = modules.linears, int(spec.pattern.partition(":")[2] or 1)
+    odd = {shape[1]: name for name, shape in reversed(linears.items()) if shape[1] % of}
+    problems = [
+        f"{setting.where}.pattern: {spec.pattern} needs widths that {of} divides, and {name} has {width}; "
+        "use unstructured"
+        for width, name in odd.items()
+    ]
+    if problems:
+        return Plan(shapes, problems)
+    widths = [shape[1] for shape in linears.values()]
+    inside = sum(info.bytes for name, info in shapes.tensors.items() if name.startswith(modules.layers + "."))
+    models = 2 if spec.method == "sparsegpt" else 1
+    states = models * 2 * text.samples * text.length * (5 * min(widths) + max(widths))
+    memory = 5 * inside // (depth_of(shapes.config) or 1) + shapes.bytes - inside + _LIBRARIES
+    memory += states + 20 * max(widths) ** 2 if spec.calibrates else 0
+    lines = [
+        ("stage", f"{spec.title}: {len(linears)} matrices; the zeros are stored, so the size stays"),
+        ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)"),
+    ]
     after = PlannedShapes(shapes, dict(shapes.config), shapes.tensors, shapes.bytes)
     return Plan(after, lines=lines, disk_bytes=2 * shapes.bytes)

@@ -5,7 +5,7 @@ Each layer's orders are a file of their own, so a run that was stopped goes on b
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint, read_part, write_part
 from compress.prune.axes import Anatomy, Dims, Parts
+from compress.prune.compensation import damping
 from compress.prune.importance import InputStatistics, by_unit, greedy_order
 from compress.prune.surgery import Kept
 from compress.quant.statistics import Gram
@@ -114,7 +115,7 @@ class Scores:
     ) -> dict[str, Tensor]:
         """The order of the units that are the inputs of this linear, first to be removed first."""
         weight, dims = raw[f"{prefix}{name}.weight"].float(), self.body.dims
-        damp = self.spec.damp
+        damp = self._damp(weight.shape[1])
         if self._columns(name) == ("ffn",):
             if gram is not None:
                 return {"ffn": greedy_order(weight, gram, damp)[0]}
@@ -129,6 +130,10 @@ class Scores:
             groups = by_unit(scores, dims.head_dim * inside).argsort(stable=True)
         rows = [order[order // inside == group] for group in range(dims.kv_heads)]
         return {"heads": torch.stack(rows), "groups": groups}
+
+    def _damp(self, inputs: int) -> float:
+        tokens = self.context.tokens
+        return self.spec.damp if tokens is None else damping(tokens.count, inputs, self.spec.damp)
 
     def _alone(
         self, name: str, weight: Tensor, raw: Mapping[str, Tensor], prefix: str, statistics: InputStatistics
@@ -149,16 +154,20 @@ class Scores:
         return total.sqrt()
 
     def _hidden(self, raw: Mapping[str, Tensor], prefix: str, energies: Mapping[str, "_Energy"]) -> Tensor:
-        """What each residual channel weighs in this layer, [D]: its share of what the linears that read it put out."""
+        """What each residual channel weighs in this layer, [D].
+
+        Its share of the states that norms read; `fluctuation` and `magnitude` count the linears' weights that read it.
+        `greedy` ranks it as `activation` does, which did better than weights times states.
+        """
         total = torch.zeros(self.body.dims.hidden, device=next(iter(raw.values())).device)
         reads = sum((each.shares().to(total) for each in energies.values()), torch.zeros_like(total))
         for full, (parts, shape) in self.body.layer.items():
             if len(shape) == 2 and parts[1] == ("hidden",):
                 columns = raw[prefix + full].float().square().sum(0)
-                if self.ranking in ("greedy", "fluctuation"):
+                if self.ranking == "fluctuation":
                     columns = columns * reads
                 total += columns / columns.sum().clamp_min(1e-30)
-        return reads if self.ranking == "activation" else total
+        return reads if self.ranking in ("activation", "greedy") else total
 
     def kept(self, index: int, dims: Dims, hidden: Tensor | None) -> Kept:
         """What stays of a layer.
@@ -168,8 +177,11 @@ class Scores:
             dims: sizes afterwards.
             hidden: residual channels that stay; None is all.
         """
-        before, found = self.body.dims, read_part(self.files[index])[0]
+        before = self.body.dims
         ffn = heads = groups = None
+        if replace(dims, layers=before.layers, hidden=before.hidden) == before:
+            return Kept(before, hidden=hidden)
+        found = read_part(self.files[index])[0]
         if dims.ffn < before.ffn:
             ffn = found["ffn"][before.ffn - dims.ffn :].sort().values
         if (dims.heads, dims.kv_heads) != (before.heads, before.kv_heads):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from compress import records
-from compress.errors import NumericalError
+from compress.errors import NumericalError, RecipeError
 from compress.loop.finite import all_finite
+from compress.model.shapes import LAYER
+from compress.prune.patterns import solver_mask
 from compress.quant.error_propagation import PropagatedError
-from compress.quant.gptq import Factor, factorize, gptq, importance, round_to_nearest, visiting_order
+from compress.quant.gptq import Factor, Mask, factorize, gptq, importance, round_to_nearest, visiting_order
 from compress.quant.grid import Grid, Quantized
 from compress.quant.scales import Clip
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
@@ -106,6 +108,7 @@ class Solver:
 
     Attributes:
         correction: share of the propagated error that weights are moved to make good; 0 where the spec has none.
+        pattern: of the zeros that matrices inside the layers get; None where the spec has none.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Solver:
     ) -> None:
         self.spec, self.grids, self.tokens = spec, grids, tokens
         self.correction = spec.correction if isinstance(spec, WeightOnlyStage) else 0.0
+        self.pattern = spec.pattern if isinstance(spec, WeightOnlyStage) else None
 
     def solve(
         self,
@@ -136,18 +140,19 @@ class Solver:
             by_grid.setdefault((self.grids[name], alone), []).append(name)
         shares = {name: weight[distributed.rows(len(weight))] for name, weight in weights.items()}
         targets = [torch.cat([shares[name] for name in names]).float() for names in by_grid.values()]
+        masks = [self._mask(target, hessian, names) for names, target in zip(by_grid.values(), targets, strict=True)]
         if propagated is not None and hessian is not None:
             own = distributed.rows(len(next(iter(weights.values()))))
             share = self.correction * trust(self.tokens, len(hessian))
             targets = [propagated.correct(target, hessian, share, own) for target in targets]
             propagated.clear()
         solved: dict[str, Solved] = {}
-        for ((grid, _), names), target in zip(by_grid.items(), targets, strict=True):
+        for ((grid, _), names), target, mask in zip(by_grid.items(), targets, masks, strict=True):
             plan = self._plan(target, hessian, grid, names)
             if plan.factor is None:
-                found, loss = round_to_nearest(target, plan.importance, grid), None
+                found, loss = round_to_nearest(_masked(target, hessian, mask), plan.importance, grid), None
             else:
-                found, loss = gptq(target, plan.factor, grid, plan.clip)
+                found, loss = gptq(target, plan.factor, grid, plan.clip, mask)
             if hessian is not None and is_few(self.tokens, len(hessian)):
                 loss = None  # most of it is damping
             for name, rows in zip(names, _rows([shares[name] for name in names]), strict=True):
@@ -159,6 +164,20 @@ class Solver:
                 solved[name] = Solved(whole, describe(name, whole, squares, damp, plan.fallback))
         return solved
 
+    def _mask(self, weight: Tensor, hessian: Tensor | None, names: Sequence[str]) -> Mask | None:
+        """Which weights become zero where a pattern is wanted: in matrices inside the layers.
+
+        Raises:
+            RecipeError: a width that the pattern's neighbours don't divide.
+        """
+        if self.pattern is None or hessian is None or LAYER.fullmatch(f"{names[0]}.weight") is None:
+            return None
+        width, of = weight.shape[1], int(self.pattern.partition(":")[2])
+        if width % of:
+            problem = f"{self.pattern} needs widths that {of} divides, and {names[0]} has {width}"
+            raise RecipeError([f"stages: pattern: {problem}; add it to ignore, or remove pattern"])
+        return solver_mask(self.pattern, silent=hessian.diagonal() <= 0, zeros=weight == 0)
+
     def _plan(self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]) -> _Plan:
         """The factor that the spec's solver wants; none without a Hessian, or where no damping repairs it."""
         clip = self.spec.clip or ("mse" if hessian is None else "hessian")
@@ -167,12 +186,20 @@ class Solver:
         diagonal = hessian.diagonal()
         if not bool(all_finite(diagonal) & all_finite(weight)):
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
-        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), self.spec.act_order)
+        act_order = self.spec.act_order and self.pattern is None
+        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), act_order)
         try:
             factor = factorize(hessian, order, damping(self.tokens, len(hessian), self.spec.damp))
         except NumericalError as error:
             return _Plan(None, importance(diagonal, clip), clip, str(error))
         return _Plan(factor, None, clip)
+
+
+def _masked(weight: Tensor, hessian: Tensor | None, mask: Mask | None) -> Tensor:
+    """The weights with the zeros of a mask, where nothing can make up for them."""
+    if mask is None or hessian is None:
+        return weight
+    return weight.masked_fill(~mask.keep(0, weight.square() * hessian.diagonal()), 0.0)
 
 
 def _rows(matrices: Sequence[Tensor]) -> list[slice]:
