@@ -2,21 +2,23 @@
 
 `greedy` is the optimal brain surgeon (Hassibi and Stork 1993) on a linear's least-squares problem, as Frantar et al.
 ("Optimal Brain Compression", arXiv 2208.11580) use it for single weights: with H = X^T X, removing the columns P and
-solving the others anew raises |W X|^2's error by tr(W_P ([H^-1]_PP)^-1 W_P^T). Columns go in blocks, and W and H^-1 are
-down-dated behind each, so that of two channels that say the same only one goes. The other scores look at a channel
-alone: `activation` is Minitron's (Muralidharan et al., arXiv 2407.14679), `fluctuation` is FLAP's (An et al.,
-arXiv 2312.11983).
+solving the others anew raises |W X|^2's error by tr(W_P ([H^-1]_PP)^-1 W_P^T). Columns go one by one, so that of two
+channels that say the same only one does; W and H^-1 are down-dated for a block of them at once. The other scores look
+at a channel alone: `activation` is Minitron's (Muralidharan et al., arXiv 2407.14679), `fluctuation` is FLAP's (An et
+al., arXiv 2312.11983).
 
 Shapes: N tokens, I inputs, O outputs, U units of I / U neighbouring columns.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.prune.compensation import damped_factor
 
-_BLOCK = 64  # columns that go before the others are scored anew; more are faster and coarser
+_BLOCK = 64  # columns that go before all others are scored anew
+_POOL = 1.5  # times as many are looked at in between
 
 
 class InputStatistics:
@@ -66,7 +68,7 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
     left = weight.to(inverse.dtype)
     units = torch.arange(weight.shape[1] // width, device=weight.device)
     order, losses = [], []
-    block = max(1, _BLOCK // width)
+    block = _BLOCK
     waiting: set[int] = set()
     while len(units):
         scores = _scores(left, inverse, width)
@@ -76,7 +78,7 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
             worst = scores.masked_fill(~open_, torch.inf).argmin()[None]
             waiting.discard(int(units[worst]) // quota)
         else:
-            worst = scores.argsort(stable=True)[:block]
+            worst, scores = _next(left, inverse, scores, block) if width == 1 else (scores.argmin()[None], scores)
         order.append(units[worst])
         losses.append(scores[worst])
         stays = torch.ones(len(units), dtype=torch.bool, device=scores.device)
@@ -84,6 +86,30 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
         left, inverse = down_date(left, inverse, stays.repeat_interleave(width))
         units = units[stays]
     return torch.cat(order), torch.cat(losses)
+
+
+def _next(weight: Tensor, inverse: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The columns that go next, each chosen with those before it gone, and all scores with theirs as they were chosen.
+
+    Only the likeliest are looked at, by their own rows of H^-1 and of W^T W, which is a small matter for a processor.
+    """
+    pool = scores.argsort(stable=True)[: round(_POOL * count)]
+    part = weight[:, pool].double()
+    squares, hidden = (part.t() @ part).cpu().numpy(), inverse[pool][:, pool].double().cpu().numpy()
+    there = np.arange(len(pool))
+    chosen, costs = [], []
+    for _ in range(min(count, len(pool))):
+        cost = squares.diagonal()[there] / hidden.diagonal()[there]
+        at = int(there[cost.argmin()])
+        chosen.append(at)
+        costs.append(float(cost.min()))
+        there = there[there != at]
+        moves = hidden[at] / hidden[at, at]
+        crossed = np.outer(moves, squares[at])
+        squares = squares - crossed - crossed.T + squares[at, at] * np.outer(moves, moves)
+        hidden = hidden - np.outer(hidden[:, at], moves)
+    worst = pool[torch.tensor(chosen, device=pool.device)]
+    return worst, scores.index_copy(0, worst, torch.tensor(costs, dtype=scores.dtype, device=scores.device))
 
 
 def _inverse(hessian: Tensor, damp: float) -> Tensor:

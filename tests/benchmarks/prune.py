@@ -9,7 +9,7 @@ with the original on WikiText-2's test text (and C4's validation text). Nothing 
 those of a run by itself, reading and writing included; the evaluation is not. optipfair, where it can be imported, is
 used as its guide says: PPM (called MAW), by weights alone and with activations of calibration text in batches of 8.
 
-`size` takes random weights of Llama-3.1-8B's shape and random tokens. The extrapolation counts what is done once once.
+`size` takes random weights of Llama-3.1-8B's shape and random tokens. Extrapolated, what is done once counts once.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def optipfair(ffn: int, tokens: Tensor | None, device: torch.device, parent: Che
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(parent.folder, dtype="auto").to(device)
-    batches, width = None, model.config.intermediate_size
+    width: int = model.config.intermediate_size
+    batches: DataLoader[Any] | None = None
     if tokens is not None:
         rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
         batches = DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
