@@ -1,5 +1,6 @@
 """What a run gives its stages: where to compute, what to calibrate on, whom to tell."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from compress.data.calibration import TokenSet
 from compress.loop.stream import TOKENS_PER_BATCH
+from compress.model.checkpoint import Checkpoint
 from compress.system import distributed
 from compress.system.memory import available
 from compress.system.progress import Reporter
@@ -25,6 +27,8 @@ class Context:
         reporter: progress and warnings.
         trust_remote_code: as in transformers.
         max_memory: bytes of the device's memory (of the machine's, on a CPU) that may be used; None is what is free.
+        base: the recipe's model, before any stage.
+        layers: which of its layers each layer of the stage's parent was; None: all of them, in order.
         shared: folder for what stages on the same model and text can share; None keeps nothing.
     """
 
@@ -35,6 +39,8 @@ class Context:
     reporter: Reporter
     trust_remote_code: bool
     max_memory: int | None = None
+    base: Checkpoint | None = None
+    layers: Sequence[int] | None = None
     shared: Path | None = None
 
     def calibration(self) -> Tensor:

@@ -27,14 +27,20 @@ class PropagatedError:
     Args:
         writer: weight [O, I] of the linear, where its output is added to the residual stream as it is. None for any
             number of others with one input.
+        original: weight [O, I0] of the original's linear, where it is another one.
     """
 
-    def __init__(self, writer: Tensor | None = None) -> None:
-        self._writer = writer
+    def __init__(self, writer: Tensor | None = None, original: Tensor | None = None) -> None:
+        self._writer, self._original = writer, original
         self._total: Tensor | None = None  # of missing outputs [O, I] of a writer, of missing inputs [I, I] of others
 
     def add(
-        self, inputs: Tensor, original: Tensor, weight: Tensor | None, residual: tuple[Tensor, Tensor] | None
+        self,
+        inputs: Tensor,
+        original: Tensor,
+        weight: Tensor | None,
+        residual: tuple[Tensor, Tensor] | None,
+        target: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -43,14 +49,30 @@ class PropagatedError:
             original: X0 [..., I].
             weight: a weight >= 0 of every token, [...]; None counts all the same.
             residual: R and R0 [..., O], in front of a writer.
+            target: what a writer and R should add up to, [..., O], instead of W X0 + R0.
         """
-        missing = original - inputs
-        if self._writer is not None:
-            missing = missing @ self._writer.t().to(missing.dtype)
-            if residual is not None:
-                missing += residual[1] - residual[0]
+        missing = self._missing(inputs, original, residual, target)
+        if missing is None:
+            return
         root_N1 = None if weight is None else weight.reshape(-1, 1).sqrt().to(inputs.dtype)
         self._total = add_product(self._total, _weighed(missing, root_N1), _weighed(inputs, root_N1))
+
+    def _missing(
+        self, inputs: Tensor, original: Tensor, residual: tuple[Tensor, Tensor] | None, target: Tensor | None
+    ) -> Tensor | None:
+        """What the inputs lack, or a writer's output; None of inputs that are not of one width."""
+        if self._writer is None:
+            return original - inputs if original.shape == inputs.shape else None
+        transposed = self._writer.t().to(inputs.dtype)
+        if target is not None and residual is not None:
+            return target - residual[0] - inputs @ transposed
+        if self._original is None:
+            missing = (original - inputs) @ transposed
+        else:
+            missing = original @ self._original.t().to(original.dtype) - inputs @ transposed
+        if residual is not None:
+            missing += residual[1] - residual[0]
+        return missing
 
     def total(self) -> Tensor | None:
         """What was added up, to be summed in place over parts of the calibration."""

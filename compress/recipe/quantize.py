@@ -74,6 +74,11 @@ class WeightOnlyStage(StageSpec):
         description="Share of what earlier quantized layers have changed that a matrix's weights are moved to make "
         "good before they are rounded (null means 0.5 for gptq); 0 saves a forward pass of the original model.",
     )
+    reference: Literal["parent", "base"] = Field(
+        default="parent",
+        description="Whose outputs the correction aims at: those of the model that this stage gets (parent), or of the "
+        "recipe's own, before it was pruned (base).",
+    )
     overrides: dict[Text, Override] = Field(
         default={}, description='Other settings by glob on module names: {"*.down_proj": {bits: 8}}.'
     )
@@ -118,6 +123,13 @@ class WeightOnlyStage(StageSpec):
     def _check_correction(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value and info.data.get("method") == "rtn":
             raise PydanticCustomError("drift", "needs the inputs, which rtn never sees; remove it or use method: gptq")
+        return value
+
+    @field_validator("reference")
+    @classmethod
+    def _check_reference(cls, value: str, info: ValidationInfo) -> str:
+        if value == "base" and (info.data.get("method") == "rtn" or info.data.get("drift_correction") == 0):
+            raise PydanticCustomError("reference", "is what drift_correction aims at, which is off; remove one of them")
         return value
 
     @property

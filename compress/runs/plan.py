@@ -6,7 +6,7 @@ starts. Never imports torch.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.errors import RecipeError
@@ -48,6 +48,16 @@ class RunPlan:
         """The recipe's stages, with what follows from the model filled in."""
         return [plan.spec or spec for plan, spec in zip(self.stages, self.recipe.stages, strict=True)]
 
+    def behind(self, number: int, shapes: Shapes) -> "RunPlan":
+        """The same with the stages behind one planned on what it has really made.
+
+        Raises:
+            RecipeError: what then can't be done.
+        """
+        there = replace(self.stages[number], shapes=shapes)
+        stages = [*self.stages[:number], there, *_fold(self.recipe, shapes, self.base, self.text, number + 1)]
+        return replace(self, stages=stages)
+
     def lines(self, work: Path) -> list[str]:
         """What a dry run prints.
 
@@ -87,18 +97,26 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
     text = fitted_calibration(recipe, positions)
     windows = (recipe.evaluate and recipe.evaluate.sequence_length) or fitting_length(positions)
     warnings = [*_flattered(recipe, text), *shortened(recipe, positions), *([] if base is None else remarks(base))]
+    plans = _fold(recipe, base, base, text)
+    if base is not None:
+        _check_lengths(recipe, base, text, windows)
+    return RunPlan(recipe, base, text, windows, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
+
+
+def _fold(
+    recipe: Recipe, shapes: Shapes | None, base: Checkpoint | None, text: CalibrationSpec, first: int = 0
+) -> list[Plan]:
+    """Plans of the stages from one on, each on the shapes that the one before leaves; all their problems at once."""
     plans: list[Plan] = []
-    shapes: Shapes | None = base
-    for number, spec in enumerate(recipe.stages):
-        setting = Setting(f"stages.{number}", text, recipe.stages[number + 1 :])
+    for number in range(first, len(recipe.stages)):
+        spec = recipe.stages[number]
+        setting = Setting(f"stages.{number}", text, recipe.stages[number + 1 :], base)
         plans.append(KINDS[spec.kind].plan().plan(spec, shapes, setting))
         shapes = plans[-1].shapes
     problems = [problem for plan in plans for problem in plan.problems]
     if problems:
         raise RecipeError(problems)
-    if base is not None:
-        _check_lengths(recipe, base, text, windows)
-    return RunPlan(recipe, base, text, windows, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
+    return plans
 
 
 def _open(folder: Path, recipe: Recipe) -> Checkpoint:

@@ -102,12 +102,14 @@ def run(
         parent, parent_id = job.base, job.base_id
         stages = []
         with job.loader_ahead():
-            for spec in job.planned.specs:
+            for number in range(len(recipe.stages)):
+                spec = job.planned.specs[number]
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
                     result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.sharing(parent_id))
                     stage = job.commit(artefact, result, parent_id)
                 parent, parent_id = Checkpoint(artefact.folder), artefact.key
+                job.went_through(number, stage, parent)
                 stages.append(stage)
             return job.finish(artefact, stages) if distributed.leave() else None
 
@@ -151,6 +153,7 @@ class _Job:
         self.work = work_folder(self.output, work_dir)
         self.cache = self.work / "evaluations"
         self.started = time.monotonic()
+        self.layers: list[int] | None = None  # of the base, that the last stage's result has
 
     @contextmanager
     def in_its_place(self) -> Iterator[None]:
@@ -245,7 +248,10 @@ class _Job:
         text = None if self.context.tokens is None else self.context.tokens.sha256
         here = [self.context.device.type, *(version for name, version in versions().items() if name in MATTERS)]
         return replace(
-            self.context, shared=self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here)
+            self.context,
+            base=self.base,
+            layers=self.layers,
+            shared=self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here),
         )
 
     def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
@@ -253,6 +259,14 @@ class _Job:
         probe = probe_of(result.logits, self.context.probe[0], self.context.dtype)
         distributed.first(lambda: artefact.commit(result, parent=parent_id, base=self.base_id, probe=probe))
         return result.record
+
+    def went_through(self, number: int, stage: records.Stage, result: Checkpoint) -> None:
+        """Plan what follows on what a stage has made, which chooses its shape where it compares several."""
+        if stage.pruned is None:
+            return
+        before = self.layers or list(range(stage.pruned.before["num_hidden_layers"]))
+        self.layers = [own for index, own in enumerate(before) if index not in stage.pruned.removed_layers]
+        self.planned = self.planned.behind(number, result)
 
     def finish(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""

@@ -28,11 +28,13 @@ class Setting:
         where: the stage in the recipe, such as "stages.0", which its problems start with.
         text: what it is calibrated on.
         following: the stages behind it.
+        base: shapes of the recipe's model, before any stage; None where it is not here.
     """
 
     where: str
     text: CalibrationSpec
     following: Sequence[StageSpec] = ()
+    base: Shapes | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The prune stage: whole parts of a model (pruning.py), or single weights (sparse.py)."""
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from compress.stages.layerwise import Layerwise
 from compress.stages.prune.plan import dims_of, words
 from compress.stages.prune.pruning import Pruning
 from compress.stages.prune.sparse import sparsify_model
+from compress.system.memory import PeakMemory
 
 CODE_VERSION = 1
 
@@ -54,9 +56,22 @@ def _to(dims: Dims, spec: PruneStage, parent: Checkpoint, body: Anatomy, output:
     """Prune to one shape."""
     context.reporter.say(f"pruning: {words(dims, body.dims) or 'nothing changes'}")
     output.mkdir(parents=True, exist_ok=True)
+    started, memory = time.monotonic(), PeakMemory(context.device)
     stage = Pruning(spec, parent, body, dims, output, context)
+    host, gpu = memory.peak()  # of the ranking
     result = Layerwise(spec, parent, stage.stream, output, context).run(stage)
-    return replace(result, record=result.record.model_copy(update={"pruned": stage.figures()}))
+    record = result.record
+    figures = {
+        "pruned": stage.figures(),
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": _most(host, record.peak_memory_bytes),
+        "peak_gpu_memory_bytes": _most(gpu, record.peak_gpu_memory_bytes),
+    }
+    return replace(result, record=record.model_copy(update=figures))
+
+
+def _most(*bytes_: int | None) -> int | None:
+    return max((each for each in bytes_ if each is not None), default=None)
 
 
 def _best(

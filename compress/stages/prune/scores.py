@@ -138,20 +138,23 @@ class Scores:
     def _alone(
         self, name: str, weight: Tensor, raw: Mapping[str, Tensor], prefix: str, statistics: InputStatistics
     ) -> Tensor:
-        """A score of each input by itself, [I]."""
+        """A score of each input by itself, [I]; of its weights, the reach of those that make it did best."""
         if self.ranking == "activation":
             return statistics.activation()
         if self.ranking == "fluctuation":
             return (statistics.variance() * weight.square().sum(0)).sqrt()
-        total = weight.square().sum(0)
-        width = weight.shape[1]
+        part, reach = self._columns(name), torch.zeros(weight.shape[1], device=weight.device)
         for full, (parts, shape) in self.body.layer.items():
-            rows = raw[prefix + full].float()
-            if len(shape) == 2 and parts[0] == self._columns(name):
-                total = total + rows.square().sum(1)
-            elif len(shape) == 2 and parts[0] == self._columns(name) * 2:  # gate and up in one
-                total = total + rows.square().sum(1).view(2, width).sum(0)
-        return total.sqrt()
+            if len(shape) != 2 or part[0] not in parts[0]:
+                continue
+            rows, start = raw[prefix + full].float(), 0
+            for each in parts[0]:
+                length = self.body.dims.length((each,))
+                if each == part[0]:
+                    here = rows[start : start + length]
+                    reach += here.amax(1) - here.amin(1)
+                start += length
+        return reach
 
     def _hidden(self, raw: Mapping[str, Tensor], prefix: str, energies: Mapping[str, "_Energy"]) -> Tensor:
         """What each residual channel weighs in this layer, [D].

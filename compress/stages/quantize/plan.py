@@ -41,6 +41,8 @@ def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, s
         check_cache(spec, shapes, where)
     except RecipeError as error:
         return Plan(shapes, problems=error.problems, warnings=warnings, splits=splits)
+    if problem := _reference_problem(spec, shapes, setting):
+        return Plan(shapes, problems=[problem], warnings=warnings, splits=splits)
     warnings += few_tokens(spec, matrices, text.samples * text.length, text.length)
     found = estimate(spec, matrices, shapes, text.samples, text.length)
     kinds = ", ".join(sorted({matrix.kind for matrix in matrices}))
@@ -56,6 +58,19 @@ def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, s
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
     after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
     return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=FACTS[spec.layout].stock is None)
+
+
+def _reference_problem(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes, setting: Setting) -> str | None:
+    """Why the outputs of the recipe's own model can't be aimed at."""
+    if not isinstance(spec, WeightOnlyStage) or spec.reference == "parent" or setting.base is None:
+        return None
+    widths = width_of(setting.base.config), width_of(shapes.config)
+    if widths[0] == widths[1]:
+        return None
+    return (
+        f"{setting.where}.reference: base is {widths[0]} wide and the pruned model {widths[1]}: their states can't be "
+        "compared; use parent"
+    )
 
 
 def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> list[Matrix]:

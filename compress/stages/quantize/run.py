@@ -22,9 +22,10 @@ from compress.loop.groups import Group
 from compress.loop.interleave import Arrival, Passes
 from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
-from compress.model.arch import ATTENDED
+from compress.model.arch import ATTENDED, depth_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules, has_own_head, is_tied, model_dtype
+from compress.prune.axes import LINEARS
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.grid import FakeQuantize, Grid, Quantized
 from compress.quant.statistics import Gram, gram
@@ -40,6 +41,7 @@ from compress.stages.quantize.solve import Solved, Solver
 from compress.system import distributed
 
 CODE_VERSION = 7
+_LAST = tuple(name for name, (_, columns) in LINEARS.items() if columns == ("ffn",))  # a layer's last linear
 
 
 def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, output: Path, context: Context) -> Result:
@@ -98,6 +100,8 @@ class _Layer:
         tensors: as they are stored, by full name.
         received: attention that each token receives, [B, S] a batch; None where it does not count.
         solved: what its linears have become so far.
+        original: tensors of the layer that it was in the model that is aimed at.
+        ends: the states that should be behind it, where layers behind it are gone.
     """
 
     index: int
@@ -105,6 +109,8 @@ class _Layer:
     tensors: dict[str, Tensor]
     received: list[Tensor] | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
+    original: dict[str, Tensor] = field(default_factory=dict)
+    ends: Activations | None = None
 
 
 class _Quantization(LayerTransform):
@@ -126,6 +132,8 @@ class _Quantization(LayerTransform):
         models = 2 if self.solver.correction else 1
         self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, self._room(models))
         self.reference: ReferenceModel | None = None
+        aims_at_base = isinstance(spec, WeightOnlyStage) and spec.reference == "base"
+        self.original = context.base if aims_at_base else None  # None: the parent
         self.inputs: ActivationScales | None = None
         self.embedded: dict[str, Solved] = {}
         if isinstance(spec, WeightActivationStage):
@@ -173,8 +181,9 @@ class _Quantization(LayerTransform):
         if not self.solver.correction or calibration is None:
             return
         context = self.context
-        stream = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, self.stream.room)
-        if not self.stream.replaced:
+        model = self.original or self.parent
+        stream = LayerStream(model, context.device, context.dtype, context.trust_remote_code, self.stream.room)
+        if not self.stream.replaced and self.original is None:
             self.reference = ReferenceModel(stream, calibration.copy(), probe.copy())
             return
         with stream.outer():
@@ -186,7 +195,8 @@ class _Quantization(LayerTransform):
         if self.inputs is not None:
             self.inputs.restore(self.stream.prefix(index), tensors)
         if self.reference is not None:
-            self.reference.run(index, self.stream.load_layer(index))
+            for own in self._originals(index):
+                self.reference.run(own, self._original_layer(own))
         dense: dict[str, Tensor] = {}
         packed: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -215,14 +225,35 @@ class _Quantization(LayerTransform):
             if self.spec.weight_rounding == "gptq" and any(map(self._is_attended, self._inside(layer))):
                 layer.received = received_attention(stream, index, calibration)
             if self.reference is not None:
-                for group, pairs, writing in self.reference.beside(stream, index, calibration, tensors):
-                    self._solve(layer, group, pairs, writing)
+                self._beside(layer, self.reference, calibration)
             else:
                 for group, arrivals in stream.steps(index, calibration):
                     self._solve(layer, group, Passes(partial(map, _alone, arrivals)))
         modules = [each.module for each in layer.solved.values()]  # in the order in which they are used
         scales = {} if self.inputs is None else self.inputs.tensors(index, layer.solved)
         return self._packed(tensors, layer.solved) | scales, modules
+
+    def _originals(self, index: int) -> list[int]:
+        """The original's layer that a layer was, and those behind it that are gone."""
+        layers = self.context.layers if self.original is not None else None
+        if layers is None or self.original is None:
+            return [index]
+        after = layers[index + 1] if index + 1 < len(layers) else depth_of(self.original.config) or len(layers)
+        return list(range(layers[index], after))
+
+    def _original_layer(self, own: int) -> dict[str, Tensor]:
+        assert self.reference is not None, "there is an original where it is asked for"
+        return (self.stream if self.original is None else self.reference.stream).load_layer(own)
+
+    def _beside(self, layer: _Layer, reference: ReferenceModel, calibration: Activations) -> None:
+        """Quantize a layer group by group, with the original model beside it."""
+        own, *gone = self._originals(layer.index)
+        layer.original = layer.tensors if self.original is None else self._original_layer(own)
+        layer.ends = reference.ahead([own, *gone]) if gone else None
+        for group, pairs, writing in reference.beside(self.stream, layer.index, calibration, layer.original, own):
+            self._solve(layer, group, pairs, writing)
+        for each in gone:
+            reference.run(each, self._original_layer(each))
 
     def _inside(self, layer: _Layer) -> list[str]:
         return [name for name in self.matrices if name.startswith(layer.prefix)]
@@ -268,18 +299,27 @@ class _Quantization(LayerTransform):
         self, layer: _Layer, alike: Mapping[_Alike, list[str]], pairs: Iterable[Pair]
     ) -> Iterable[tuple[tuple[Gram, PropagatedError], list[str]]]:
         """The Hessian and the propagated error of each kind of linears, over all batches; given away one by one."""
-        sums = {
-            kind: (Gram(), PropagatedError(layer.tensors[f"{kind.writer}.weight"] if kind.writer else None))
-            for kind in alike
-        }
+        sums = {kind: (Gram(), self._propagated(layer, kind.writer)) for kind in alike}
         for number, (batch, beside) in enumerate(pairs if self.spec.weight_rounding == "gptq" else ()):
             for kind, (hessian, propagated) in sums.items():
                 weight = layer.received[number] if kind.weighted and layer.received is not None else None
                 hessian.add(batch if kind.rounding is None else kind.rounding(batch), weight)
                 if beside is not None:
-                    propagated.add(batch, beside.original, weight, beside.residual)
+                    ends = layer.ends is not None and kind.writer.endswith(_LAST)
+                    target = layer.ends.get(number) if ends and layer.ends is not None else None
+                    propagated.add(batch, beside.original, weight, beside.residual, target)
         for kind, members in alike.items():
             yield sums.pop(kind), members
+
+    def _propagated(self, layer: _Layer, writer: str) -> PropagatedError:
+        """For a linear that writes to the residual stream, or for others ("")."""
+        if not writer:
+            return PropagatedError()
+        weight = layer.tensors[f"{writer}.weight"]
+        if self.original is None:
+            return PropagatedError(weight)
+        own = self.reference.stream.prefix(self._originals(layer.index)[0]) if self.reference else ""
+        return PropagatedError(weight, layer.original[f"{own}{writer.removeprefix(layer.prefix)}.weight"])
 
     def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
         """Tensors to write: packed modules in place of their weights, the rest as it was stored."""
