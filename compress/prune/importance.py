@@ -65,7 +65,7 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
         NumericalError: a Hessian that no damping repairs.
     """
     inverse = _inverse(hessian, damp)
-    left = weight.to(inverse.dtype)
+    left = weight.to(inverse.dtype).masked_fill(hessian.diagonal() <= 0, 0.0)  # inputs that were always zero go first
     units = torch.arange(weight.shape[1] // width, device=weight.device)
     order, losses = [], []
     block = _BLOCK

@@ -18,6 +18,7 @@ from compress.formats.openers import VLLM_BITS
 from compress.records import Report, Stage
 from compress.report import figures
 from compress.report.figures import speed_words, summary_table
+from compress.report.pruning import pruned_views
 from compress.system.units import count, size
 
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
@@ -65,7 +66,7 @@ def write_model_card(report: Report, folder: Path) -> None:
     spec = stage.spec if stage else {}
     card = _view(report) | {
         "front_matter": _yaml(_front_matter(report, stage, hub_base)),
-        "method_words": _method_words(stage),
+        "method_words": _card_words(report, stage),
         "hub_base": hub_base,
         "base_name": _without_folders(report.base.model),
         "recipe_yaml": _yaml(_without_folders(report.recipe)),
@@ -87,14 +88,28 @@ def _without_folders(value: Any) -> Any:
 def _front_matter(report: Report, stage: Stage | None, hub_base: bool) -> dict[str, Any]:
     spec = stage.spec if stage else {}
     tags = ["dscompress", report.compressed.format, spec.get("method")]
+    tags += ["pruned"] if any(each.kind == "prune" for each in report.stages) else []
     tags += [spec["dtype"]] if "dtype" in spec else [f"{spec['bits']}-bit"] if "bits" in spec else []
-    base = {"base_model": report.base.model, "base_model_relation": "quantized"} if hub_base else {}
+    relation = "quantized" if stage is not None else "finetune"
+    base = {"base_model": report.base.model, "base_model_relation": relation} if hub_base else {}
     return base | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "quantized_by": "dscompress",
+        **({"quantized_by": "dscompress"} if stage is not None else {}),
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
     }
+
+
+def _card_words(report: Report, stage: Stage | None) -> str:
+    """What the checkpoint is, on its card."""
+    words = _method_words(stage)
+    kinds = [each for each in report.stages if each.kind == "prune"]
+    if not kinds:
+        return words
+    how = "pruned" if any(each.pruned for each in kinds) else "sparse"
+    if stage is None:
+        return f"A {how} version"
+    return f"{words} of a {how} version"
 
 
 def _method_words(stage: Stage | None) -> str:
@@ -130,6 +145,7 @@ def _view(report: Report) -> dict[str, Any]:
         "fallbacks": fallbacks,
         "worst": figures.worst(report),
         "size_rows": figures.size_rows(report),
+        "pruned": pruned_views(report),
         "quality_rows": figures.quality_rows(report),
         "speed_rows": figures.speed_rows(report),
         "speed_words": speed_words(report),
