@@ -156,8 +156,11 @@ def test_bundled_recipes_run(
     report = Report.model_validate_json((tmp_path / recipe["output"] / "report.json").read_text())
     assert report.verified is not None and report.verified.passed
     assert report.quality is not None and report.generations == []
-    (asked,), (done,) = recipe["stages"], report.stages
-    assert asked.items() <= done.spec.items()
+    for asked, done in zip(recipe["stages"], report.stages, strict=True):
+        target = asked.pop("target", None)  # which became a shape
+        assert asked.items() <= done.spec.items()
+        if target is not None:
+            assert done.pruned is not None and done.pruned.share == pytest.approx(target["sparsity"], abs=0.02)
     assert (report.speed is not None) == (asked.get("format") == "torchao" and done.device == "cpu")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.errors import ModelError
 from compress.model.arch import depth_of
+from compress.model.names import says_tied
 from compress.model.shapes import Shapes, find_modules, is_tied
 
 Parts = tuple[str, ...]  # what is joined along one dimension of a tensor: sizes by name, () for what stays as it is
@@ -243,6 +244,8 @@ def smaller_config(anatomy: Anatomy, dims: Dims, kept: Sequence[int]) -> dict[st
     config |= {key: value for key, value in changed.items() if key in config}
     if (dims.heads, dims.kv_heads, dims.hidden) != (before.heads, before.kv_heads, before.hidden):
         config |= {"num_key_value_heads": dims.kv_heads, "head_dim": dims.head_dim}
+    if says_tied(config) and sum(len(parts) == 2 for parts, _ in anatomy.outer.values()) > 1:
+        config["tie_word_embeddings"] = False  # a head with other values is stored
     if dims.layers != before.layers:
         config |= {key: [config[key][n] for n in kept] for key in per_layer(config, before.layers)}
         if isinstance(config.get("max_window_layers"), int):

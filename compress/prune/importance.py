@@ -2,23 +2,22 @@
 
 `greedy` is the optimal brain surgeon (Hassibi and Stork 1993) on a linear's least-squares problem, as Frantar et al.
 ("Optimal Brain Compression", arXiv 2208.11580) use it for single weights: with H = X^T X, removing the columns P and
-solving the others anew raises |W X|^2's error by tr(W_P ([H^-1]_PP)^-1 W_P^T). Columns go one by one, so that of two
-channels that say the same only one does; W and H^-1 are down-dated for a block of them at once. The other scores look
-at a channel alone: `activation` is Minitron's (Muralidharan et al., arXiv 2407.14679), `fluctuation` is FLAP's (An et
-al., arXiv 2312.11983).
+solving the others anew raises |W X|^2's error by tr(W_P ([H^-1]_PP)^-1 W_P^T). Columns go in blocks of such as hardly
+depend on each other, so that of two that say the same only one goes; W and H^-1 are down-dated behind each block. The
+other scores look at a channel alone: `activation` is Minitron's (Muralidharan et al., arXiv 2407.14679), `fluctuation`
+is FLAP's (An et al., arXiv 2312.11983).
 
 Shapes: N tokens, I inputs, O outputs, U units of I / U neighbouring columns.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.prune.compensation import damped_factor
 
-_BLOCK = 64  # columns that go before all others are scored anew
-_POOL = 1.5  # times as many are looked at in between
+_BLOCK, _BLOCKS = 64, 100  # so many columns go before the others are scored anew, or one of so many parts of them
+_COUPLED = 0.05  # of columns that go at once: what part of the one's score may hang on the other
 
 
 class InputStatistics:
@@ -30,8 +29,8 @@ class InputStatistics:
         self._tokens = 0
 
     def add(self, batch: Tensor) -> None:
-        """Add a batch [B, S, I]."""
-        x = batch.float()
+        """Add a batch [B, S, I]; one whose sequences were joined, [N, I], counts as one sequence."""
+        x = batch.float().reshape(-1, *batch.shape[-2:])
         self._batches += x.abs().mean(1).unbind()
         found = torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
         self._sums = found if self._sums is None else self._sums + found
@@ -68,7 +67,6 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
     left = weight.to(inverse.dtype).masked_fill(hessian.diagonal() <= 0, 0.0)  # inputs that were always zero go first
     units = torch.arange(weight.shape[1] // width, device=weight.device)
     order, losses = [], []
-    block = _BLOCK
     waiting: set[int] = set()
     while len(units):
         scores = _scores(left, inverse, width)
@@ -78,7 +76,7 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
             worst = scores.masked_fill(~open_, torch.inf).argmin()[None]
             waiting.discard(int(units[worst]) // quota)
         else:
-            worst, scores = _next(left, inverse, scores, block) if width == 1 else (scores.argmin()[None], scores)
+            worst = _next(inverse, scores) if width == 1 else scores.argmin()[None]
         order.append(units[worst])
         losses.append(scores[worst])
         stays = torch.ones(len(units), dtype=torch.bool, device=scores.device)
@@ -88,28 +86,16 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
     return torch.cat(order), torch.cat(losses)
 
 
-def _next(weight: Tensor, inverse: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The columns that go next, each chosen with those before it gone, and all scores with theirs as they were chosen.
+def _next(inverse: Tensor, scores: Tensor) -> Tensor:
+    """The cheapest columns that hardly change each other's scores when they go: a block, or fewer.
 
-    Only the likeliest are looked at, by their own rows of H^-1 and of W^T W, which is a small matter for a processor.
+    With c = H^-1, removing column i divides the score of column j by 1 - c_ij^2 / (c_ii c_jj), or less.
     """
-    pool = scores.argsort(stable=True)[: round(_POOL * count)]
-    part = weight[:, pool].double()
-    squares, hidden = (part.t() @ part).cpu().numpy(), inverse[pool][:, pool].double().cpu().numpy()
-    there = np.arange(len(pool))
-    chosen, costs = [], []
-    for _ in range(min(count, len(pool))):
-        cost = squares.diagonal()[there] / hidden.diagonal()[there]
-        at = int(there[cost.argmin()])
-        chosen.append(at)
-        costs.append(float(cost.min()))
-        there = there[there != at]
-        moves = hidden[at] / hidden[at, at]
-        crossed = np.outer(moves, squares[at])
-        squares = squares - crossed - crossed.T + squares[at, at] * np.outer(moves, moves)
-        hidden = hidden - np.outer(hidden[:, at], moves)
-    worst = pool[torch.tensor(chosen, device=pool.device)]
-    return worst, scores.index_copy(0, worst, torch.tensor(costs, dtype=scores.dtype, device=scores.device))
+    cheapest = scores.argsort(stable=True)[: max(_BLOCK, len(scores) // _BLOCKS)]
+    among = inverse[cheapest][:, cheapest]
+    diagonal = among.diagonal()
+    coupling = among.square() / (diagonal[:, None] * diagonal)
+    return cheapest[coupling.tril(-1).amax(1) < _COUPLED]  # the cheapest one always
 
 
 def _inverse(hessian: Tensor, damp: float) -> Tensor:

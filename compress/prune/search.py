@@ -44,7 +44,7 @@ def search(
         cost: of a shape, in the same unit, smaller for smaller shapes.
         at_most: nothing above `wanted` will do.
     """
-    whole = cost(anatomy.dims)
+    whole = min(cost(anatomy.dims), anatomy.shapes.bytes)  # a later stage may work on no shape as wide
     near: list[tuple[float, Dims]] = []
     for dims in _candidates(anatomy, axes, multiples, wanted, cost):
         near.append(((cost(dims) - wanted) / whole, dims))
@@ -78,6 +78,8 @@ def _candidates(
             shapes = [each for dims in shapes for each in _along(dims, whole, axis, multiples)]
     for dims in shapes:
         line = list(_along(dims, whole, last, multiples))  # falling, but for heads
+        if last == "hidden":  # of which not every multiple is legal
+            line = [each for each in line if anatomy.refusal(each) is None]
         if last == "heads":
             tried: Sequence[Dims] = line
         else:
@@ -106,10 +108,14 @@ def _along(dims: Dims, whole: Dims, axis: str, multiples: dict[str, int]) -> Ite
 def nearest_legal(anatomy: Anatomy, dims: Dims, multiples: dict[str, int]) -> Dims | None:
     """The legal shape with the fewest changes from one that is not, by the sum of relative changes of its sizes."""
     whole, found = anatomy.dims, []
+    widths = {dims.hidden}
+    if "hidden" not in anatomy.problems:
+        widths |= set(range(multiples["hidden"], whole.hidden + 1, multiples["hidden"]))
     for heads, groups in head_choices(whole):
-        for hidden in {dims.hidden, *range(multiples["hidden"], whole.hidden + 1, multiples["hidden"])}:
+        for hidden in widths:
             trial = replace(dims, heads=heads, kv_heads=groups, hidden=hidden)
-            if heads * whole.head_dim % multiples["q"] == 0 and anatomy.refusal(trial) is None:
+            fits = heads * whole.head_dim % multiples["q"] == 0 and trial != whole
+            if fits and anatomy.refusal(trial) is None:
                 change = (
                     abs(heads / dims.heads - 1) + 3 * abs(hidden / dims.hidden - 1) + abs(groups / dims.kv_heads - 1)
                 )

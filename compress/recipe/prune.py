@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from compress.recipe.types import DAMP, Closed, Count, Number, StageSpec
@@ -28,6 +37,11 @@ def _parse_bytes(value: object) -> int:
     return size
 
 
+Size: TypeAlias = Annotated[
+    int, BeforeValidator(_parse_bytes), WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})
+]
+
+
 class Target(Closed):
     """How small the model becomes; one of the three."""
 
@@ -39,9 +53,7 @@ class Target(Closed):
     parameters: Annotated[Count, Field(ge=1)] | None = Field(
         default=None, description="Parameters to keep, embeddings included, such as 5.2B."
     )
-    bytes: Annotated[int, BeforeValidator(_parse_bytes)] | None = Field(
-        default=None, description="Most bytes of the checkpoint after all stages, such as 4GB."
-    )
+    bytes: Size | None = Field(default=None, description="Most bytes of the checkpoint after all stages, such as 4GB.")
 
     @model_validator(mode="after")
     def _check_one(self) -> "Target":
@@ -77,6 +89,12 @@ class Shape(Closed):
         return self
 
 
+OneOrMore: TypeAlias = Annotated[
+    Annotated[Shape, Tag("one")] | Annotated[list[Shape], Field(min_length=1), Tag("more")],
+    Discriminator(lambda value: "more" if isinstance(value, list) else "one"),
+]
+
+
 class PruneStage(StageSpec):
     """Remove whole channels, heads and layers: what is left is a smaller model of the same family."""
 
@@ -84,7 +102,7 @@ class PruneStage(StageSpec):
     target: Target | None = Field(
         default=None, description="How small the model becomes; the nearest shape that loaders accept is taken."
     )
-    shape: Shape | list[Shape] | None = Field(
+    shape: OneOrMore | None = Field(
         default=None,
         description="The sizes themselves, instead of a target; of a list, the shape with the least divergence on "
         "calibration text is taken.",
@@ -97,9 +115,9 @@ class PruneStage(StageSpec):
     )
     importance: Importance | None = Field(
         default=None,
-        description="How parts are ranked: by the output error that removing them leaves when the others make up for "
-        "it (greedy, the default with compensate), by the size of what they put out (activation, the default without), "
-        "by how much that varies (fluctuation), by their weights (magnitude).",
+        description="How parts are ranked: by what they put out (activation, what null means), by the output "
+        "error that removing them leaves when the others make up for it (greedy: better where calibration text is like "
+        "the model's use, worse where it is not), by how much they vary (fluctuation), by their weights (magnitude).",
     )
     compensate: bool = Field(
         default=True,
@@ -181,7 +199,7 @@ class PruneStage(StageSpec):
     @property
     def ranking(self) -> Importance:
         """The ranking that `importance` means."""
-        return self.importance or ("greedy" if self.compensate else "activation")
+        return self.importance or "activation"
 
     @property
     def calibrates(self) -> bool:

@@ -40,7 +40,7 @@ from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
-from compress.recipe.prune import PruneStage
+from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.schema import CalibrationSpec
 from compress.stages import layerwise
 from compress.stages.contract import Setting
@@ -86,7 +86,7 @@ class Watch(Phases):
 
 def prune(settings: dict[str, Any], text: CalibrationSpec, context: Context, parent: Checkpoint, output: Path) -> Path:
     """Prune by the stage with these settings; returns the checkpoint's folder."""
-    spec = PruneStage(kind="prune", **settings)
+    spec: PruneStage | PatternStage = (PatternStage if "pattern" in settings else PruneStage)(kind="prune", **settings)
     planned = plan(spec, parent, Setting("stages.0", text))
     if planned.problems:
         raise ModelError("; ".join(planned.problems))
@@ -131,7 +131,9 @@ def ways(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "layers + compensation": layers,
         "heads, activation": heads | cut,
         "heads, greedy + compensation": heads | greedy,
-    }
+        "hidden": {"shape": {"hidden_size": options.hidden_size}} | cut,
+        "hidden + compensation": {"shape": {"hidden_size": options.hidden_size}},
+    } | {f"2:4, {method}": {"pattern": "2:4", "method": method} for method in ("magnitude", "wanda", "sparsegpt")}
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -274,6 +276,7 @@ def main() -> None:
     one.add_argument("--ffn", type=int, default=1152)
     one.add_argument("--layers", type=int, default=25)
     one.add_argument("--heads", type=int, default=6)
+    one.add_argument("--hidden-size", type=int, default=504)
     one.add_argument("--steps", type=int, default=200, help="of the reconstruction")
     two = parts.add_parser("size", help="time and memory on a large model")
     two.set_defaults(part=size)

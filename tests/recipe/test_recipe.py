@@ -195,7 +195,8 @@ def test_schema_is_closed_and_describes_every_key() -> None:
         for name, value in part["properties"].items():
             assert "description" in value or part["title"] == "Override", name
     stage = schema["$defs"]["WeightOnlyStage"]
-    members = [{"$ref": f"#/$defs/{name}"} for name in ("WeightOnlyStage", "WeightActivationStage")]
+    kinds = [("PruneStage", "PatternStage"), ("WeightOnlyStage", "WeightActivationStage")]
+    members = [{"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]} for names in kinds]
     assert schema["properties"]["stages"]["items"] == {"oneOf": members}
     assert stage["required"] == ["kind"]
     assert stage["properties"]["kind"]["const"] == "quantize"

@@ -207,3 +207,44 @@ def test_a_static_8_bit_run_continues(tmp_path: Path, tiny_model: Path) -> None:
         assert report["verified"]["passed"] and report["stages"][0]["resumed_layers"] == (6 if moments else 0)
         written.append([(folder / "out" / file).read_bytes() for file in ("model.safetensors", "config.json")])
     assert written[0] == written[1]
+
+
+def prepare_pruning(folder: Path, model: Path) -> Path:
+    """The recipe with 512 of 768 channels left before it quantizes."""
+    folder.mkdir()
+    prepare(folder, model)
+    recipe = (folder / "recipe.yaml").read_text()
+    pruning = "stages:\n  - {kind: prune, shape: {intermediate_size: 512}, importance: greedy}\n"
+    (folder / "recipe.yaml").write_text(recipe.replace("stages:\n", pruning))
+    return folder
+
+
+def test_pruning_and_quantizing_killed_again_and_again(tmp_path: Path, tiny_model: Path) -> None:
+    uninterrupted = prepare_pruning(tmp_path / "whole", tiny_model)
+    assert killable.run(RUN, uninterrupted).code == 0
+    folder = prepare_pruning(tmp_path / "killed", tiny_model)
+    moments = [
+        Moment("os.rename", r"/scores/.*/layer-00002\.tmp -> "),  # channels of three layers are ranked
+        Moment("os.rename", r"/stages/.*/layer-00001\.tmp -> "),  # one layer is pruned
+        Moment("open", r"/stages/.*/outer\.tmp$"),
+        Moment("os.rename", r"/checkpoint -> .*/stages/"),  # the pruned model gets its name
+        Moment("os.rename", r"/stages/.*/layer-00003\.tmp -> "),  # three layers are quantized
+        Moment("os.rename", r"\.out\.part -> .*/out$"),
+    ]
+    for moment in moments:
+        ended = killable.run(RUN, folder, moment)
+        assert ended.code == KILLED, (moment, ended.printed)
+        assert not (folder / "out").exists()
+    finish(folder, Whole(uninterrupted / "out", 0))
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [(stage["kind"], stage["resumed_layers"]) for stage in report["stages"]] == [("prune", 6), ("quantize", 3)]
+    assert json.loads((folder / "out" / "config.json").read_text())["intermediate_size"] == 512
+
+
+def test_fresh_ranks_channels_anew(tmp_path: Path, tiny_model: Path) -> None:
+    folder, printed = prepare_pruning(tmp_path / "run", tiny_model), []
+    for arguments in (RUN, [*RUN, "--fresh"]):
+        ended = killable.run(arguments, folder, Moment("os.rename", r"/stages/.*/layer-00000\.tmp -> "))
+        assert ended.code == KILLED
+        printed.append("rank by greedy: 6/6 layers" in ended.printed)
+    assert printed == [True, True]

@@ -1,7 +1,7 @@
 """The prune stage: what comes out opens in stock transformers, is what was computed, and has the right values."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ CASES = [
     *((family, axis) for family in WHOLE for axis in (*AXES, "all")),
     *((family, axis) for family in CONFIGS if family not in WHOLE for axis in AXES),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(folder: Path, family: str, **config: Any) -> Checkpoint:

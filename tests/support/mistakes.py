@@ -2,13 +2,17 @@
 
 import hostile_mistakes
 import mistakes_in_models
+import mistakes_in_pruning
 import numpy as np
 from desk import RUN, Case, Desk
 from small_model import write_model
 
 from compress.system.locks import FileLock
 
-RECIPES = "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, cpu_int8, quickstart"
+RECIPES = (
+    "8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, 8b_prune_20, cpu_int8, "
+    "quickstart, smollm2_prune_int4"
+)
 EVAL = ["--sequence-length", "32", "--device", "cpu"]
 
 
@@ -205,6 +209,7 @@ CASES = [
         '["*.down_proj"]',
     ),
     *EIGHT_BITS,
+    *mistakes_in_pruning.CASES,
     *mistakes_in_models.CASES,
     *hostile_mistakes.CASES,
     # The text

@@ -1,0 +1,142 @@
+"""Recipes that prune and then quantize, planned from headers alone: the later stage sees the smaller model."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import invoke
+from small_model import TRAINED
+
+from compress.errors import ModelError, RecipeError
+from compress.loop.skeleton import check_builds
+from compress.model.checkpoint import Checkpoint
+from compress.prune.axes import anatomy
+from compress.recipe.schema import CalibrationSpec, Recipe
+from compress.runs.builds import check_planned
+from compress.runs.plan import RunPlan, plan_run
+from compress.stages.contract import Plan
+from compress.stages.prune.plan import planned_shapes
+
+RECIPE = """\
+name: small
+model: {model}
+calibration: {{source: text.txt, samples: 2, sequence_length: 32}}
+evaluate: false
+output: out
+stages:
+  - {prune}
+  - {{kind: quantize, group_size: {group}}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The old library stood at the corner of two quiet streets.\n" * 30)
+
+
+def write(prune: str, group: int = 128) -> None:
+    """A recipe for the trained model: hidden 256, ffn 768, 6 layers, 8 heads of 32."""
+    Path("recipe.yaml").write_text(RECIPE.format(model=TRAINED, prune=f"{{kind: prune, {prune}}}", group=group))
+
+
+def test_the_group_size_is_checked_against_what_pruning_leaves() -> None:
+    """128 divides 768 channels, not 576; and 640, where pruning may choose."""
+    write("shape: {intermediate_size: 576}")
+    for arguments in (["validate", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"]):
+        refused = invoke(*arguments)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert refused.stderr == (
+            "error: stages.1.group_size: 128 does not divide the width 576 of model.layers.*.mlp.down_proj "
+            "(6 layers); use -1 or 32 or 64\n"
+        )
+    write("shape: {intermediate_size: 576}", group=64)
+    assert invoke("validate", "recipe.yaml").stdout == "recipe.yaml: valid\n"
+    write("target: {sparsity: 0.11}")
+    assert invoke("validate", "recipe.yaml").stdout == "recipe.yaml: valid\n"
+
+
+def test_problems_of_both_stages_come_at_once() -> None:
+    write("shape: {intermediate_size: 1000}")
+    Path("recipe.yaml").write_text(Path("recipe.yaml").read_text().replace("group_size: 128", 'ignore: ["*.up_prj"]'))
+    lines = invoke("validate", "recipe.yaml").stderr.splitlines()
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines] == [
+        "stages.0.shape.intermediate_size",
+        "stages.1",
+    ]
+
+
+def test_a_dry_run_prints_the_shape_and_both_shares() -> None:
+    write("importance: greedy, shape: {intermediate_size: 512, num_attention_heads: 4}")
+    body = anatomy(Checkpoint(TRAINED))
+    left = body.count(replace(body.dims, ffn=512, heads=4))
+    shares = [100 * (1 - after / before) for before, after in zip(body.total, left, strict=True)]
+    printed = invoke("run", "recipe.yaml", "--dry-run").stdout
+    shown = dict(re.findall(r"^(\w+) +(.+)$", printed, re.MULTILINE))
+    assert shown["shape"] == "intermediate_size 768 -> 512, num_attention_heads 8 -> 4"
+    removed = (body.total[0] - left[0]) / 1e6
+    assert shown["removed"] == (
+        f"{removed:.2f}M of 5.77M parameters: {shares[0]:.1f} % of all, {shares[1]:.1f} % of the layers'"
+    )
+    assert "stage    prune ffn, heads (greedy, compensated)\n" in printed
+    assert [line.split()[0] for line in printed.splitlines()] == [
+        "model", "stage", "result", "shape", "removed", "memory", "disk",
+        "stage", "result", "memory", "disk", "output",
+    ]  # fmt: skip
+    assert not Path("out").exists() and not Path(".dscompress").exists()
+
+
+def test_a_dry_run_shows_all_shapes_that_will_be_compared() -> None:
+    write("target: {sparsity: 0.3}, axes: [ffn, layers], multiple_of: 8, allocate: auto", group=-1)
+    printed = invoke("run", "recipe.yaml", "--dry-run").stdout
+    shapes = re.findall(r"^shape (\d)  (.+)$", printed, re.MULTILINE)
+    assert [number for number, _ in shapes] == ["1", "2", "3"] and len(set(shapes)) == 3
+
+
+def test_bytes_hold_behind_the_last_stage() -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "r", "model": str(TRAINED), "output": "out",
+            "calibration": {"source": "text.txt", "sequence_length": 32},
+            "stages": [{"kind": "prune", "target": {"bytes": "4.2MB"}}, {"kind": "quantize", "group_size": 64}],
+        }
+    )  # fmt: skip
+    planned = plan_run(recipe, TRAINED)
+    pruned, quantized = (plan.shapes for plan in planned.stages)
+    assert pruned is not None and quantized is not None
+    assert quantized.bytes <= 4_200_000 < pruned.bytes
+
+
+# what transformers builds
+
+
+def test_a_llama_whose_width_is_no_multiple_of_its_heads_is_not_built() -> None:
+    body = anatomy(Checkpoint(TRAINED))
+    good = planned_shapes(body, replace(body.dims, hidden=128, ffn=512, heads=4, layers=2))
+    shapes = {name: info.shape for name, info in good.tensors.items()}
+    check_builds(good.config, shapes)
+    with pytest.raises(
+        ModelError, match=r"hidden size \(128\) is not a multiple of the number of attention heads \(6\)"
+    ):
+        check_builds(good.config | {"num_attention_heads": 6}, shapes)
+    with pytest.raises(ModelError, match=r"transformers gives model\.layers\.0\.\S+ the shape \[512, 128\] and not"):
+        check_builds(good.config, shapes | {"model.layers.0.mlp.up_proj.weight": (480, 128)})
+
+
+def test_a_shape_that_transformers_refuses_is_said_before_the_run() -> None:
+    """As a shape that our own rules let through would be."""
+    body = anatomy(Checkpoint(TRAINED))
+    shapes = planned_shapes(body, replace(body.dims, heads=6, kv_heads=3))
+    text = CalibrationSpec(source="text.txt")
+    recipe = Recipe.model_validate(
+        {"name": "r", "model": "m", "output": "o", "stages": [{"kind": "prune", "shape": {"num_key_value_heads": 3}}]}
+    )
+    stages = [Plan(shapes, builds="stages.0: choose another shape")]
+    with pytest.raises(RecipeError) as caught:
+        check_planned(RunPlan(recipe, None, text, 32, stages, []))
+    (problem,) = caught.value.problems
+    assert problem.startswith("stages.0: transformers cannot build this model: ")
+    assert "(256) is not a multiple of the number of attention heads (6)" in problem
+    assert problem.endswith("; choose another shape") and "/tmp" not in problem
+    check_planned(RunPlan(recipe, None, text, 32, [replace(stages[0], builds=None)], []))
