@@ -17,7 +17,7 @@ from compress.errors import NumericalError
 from compress.prune.compensation import damped_factor
 
 _BLOCK, _BLOCKS = 64, 100  # so many columns go before the others are scored anew, or one of so many parts of them
-_COUPLED = 0.05  # of columns that go at once: what part of the one's score may hang on the other
+_COUPLED = 0.05  # r^2 of columns that go at once, at most
 
 
 class InputStatistics:
@@ -87,15 +87,16 @@ def greedy_order(weight: Tensor, hessian: Tensor, damp: float, width: int = 1, q
 
 
 def _next(inverse: Tensor, scores: Tensor) -> Tensor:
-    """The cheapest columns that hardly change each other's scores when they go: a block, or fewer.
+    """The cheapest columns, up to the first that depends on a cheaper one: a block, or fewer.
 
-    With c = H^-1, removing column i divides the score of column j by 1 - c_ij^2 / (c_ii c_jj), or less.
+    With c = H^-1 and r^2 = c_ij^2 / (c_ii c_jj), removing column i changes the score of column j, which is no cheaper,
+    by a factor of (1 + r) / (1 - r) at most.
     """
     cheapest = scores.argsort(stable=True)[: max(_BLOCK, len(scores) // _BLOCKS)]
     among = inverse[cheapest][:, cheapest]
     diagonal = among.diagonal()
     coupling = among.square() / (diagonal[:, None] * diagonal)
-    return cheapest[coupling.tril(-1).amax(1) < _COUPLED]  # the cheapest one always
+    return cheapest[(coupling.tril(-1).amax(1) < _COUPLED).int().cumprod(0).bool()]  # the cheapest one always
 
 
 def _inverse(hessian: Tensor, damp: float) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from compress.prune.axes import Anatomy, Dims, head_choices
 
 _NEAR = 0.005  # of the model's parameters: shapes as near as that to the target are all as good
+_SIZES = 16  # that are tried along each of three or four axes but the last
 _REACHED = 0.02  # of the same: a target that no shape comes as near to is not reached
 
 
@@ -47,6 +48,8 @@ def search(
     whole = min(cost(anatomy.dims), anatomy.shapes.bytes)  # a later stage may work on no shape as wide
     near: list[tuple[float, Dims]] = []
     for dims in _candidates(anatomy, axes, multiples, wanted, cost):
+        if dims == anatomy.dims and not at_most and wanted < whole:
+            continue  # what asks for a smaller model gets one, or hears why not
         near.append(((cost(dims) - wanted) / whole, dims))
     if not near:
         return Found([], anatomy.dims)
@@ -75,7 +78,7 @@ def _candidates(
     shapes = [whole]
     for axis in axes:
         if axis != last:
-            shapes = [each for dims in shapes for each in _along(dims, whole, axis, multiples)]
+            shapes = [each for dims in shapes for each in _coarsely(list(_along(dims, whole, axis, multiples)), axes)]
     for dims in shapes:
         line = list(_along(dims, whole, last, multiples))  # falling, but for heads
         if last == "hidden":  # of which not every multiple is legal
@@ -89,6 +92,11 @@ def _candidates(
                 low, high = (middle + 1, high) if cost(line[middle]) > wanted else (low, middle)
             tried = line[max(0, low - 1) : low + 1]
         yield from (each for each in tried if anatomy.refusal(each) is None)
+
+
+def _coarsely(line: Sequence[Dims], axes: Sequence[str]) -> Sequence[Dims]:
+    """Fewer sizes along an axis where there are so many axes that all shapes would take long."""
+    return line if len(axes) < 3 else line[:: max(1, len(line) // _SIZES)]
 
 
 def _along(dims: Dims, whole: Dims, axis: str, multiples: dict[str, int]) -> Iterator[Dims]:

@@ -343,11 +343,12 @@ def _check_extent(text: str) -> None:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    if node.tag.endswith(":timestamp") or (":" in node.value and node.tag.endswith((":int", ":float"))):
-        return node.value  # 2:4 is no number of base 60
-    if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+    number = node.tag.endswith((":int", ":float"))
+    if number and len(node.value) > _MOST_DIGITS:
         problem = f"a number has {len(node.value):,} characters; use at most {_MOST_DIGITS}, or put text in quotes"
         raise Excess(problem, node.start_mark)
+    if node.tag.endswith(":timestamp") or (number and ":" in node.value):  # 2:4 is no number of base 60
+        return node.value
     try:
         return yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, LookupError, OverflowError):  # !!int x, !!bool x

@@ -152,8 +152,11 @@ _REMEDIES = {
     "finite_number": "{shown} is not a number; write one such as 0.01",
     "greater_than": "{shown} is not allowed; use a number above {gt:g}",
     "greater_than_equal": "{shown} is not allowed; use {ge:g} or more",
+    "less_than": "{shown} is not allowed; use a number below {lt:g}",
     "less_than_equal": "{shown} is not allowed; use {le:g} or less",
     "count": "{shown} is not a whole number; write one such as 128, 64k, 20M or 1B",
+    "size": "{shown} is not a size; write one such as 4GB",
+    "union_tag_not_found": "{shown} is not a mapping; write lines of key: value",
     "smooth": "{shown} is not a power; use a number from 0 to 1 such as 0.5, auto or null",
     "sha256": "{shown} is not a checksum; write the 64 hexadecimal digits of sha256sum",
 }

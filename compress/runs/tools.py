@@ -147,9 +147,8 @@ def inspect(checkpoint: str | Path) -> list[str]:
     record = read_record(folder)
     if record is not None:
         stage = record.stage
-        lines.append(
-            f"made       {record.created} by {stage.kind} {stage.spec.get('method', '')} in {stage.seconds:.0f} s"
-        )
+        how = " ".join(str(each) for each in (stage.kind, stage.spec.get("method")) if each)
+        lines.append(f"made       {record.created} by {how} in {stage.seconds:.0f} s")
     return lines
 
 

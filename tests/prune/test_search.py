@@ -85,7 +85,7 @@ def test_a_share_is_met_by_a_legal_shape_or_the_nearest_is_named(
     after = dims_after(plan)
     check_legal(body, after, axes, max(1, group))
     part = of == "layers"
-    assert abs(1 - body.count(after)[part] / body.total[part] - sparsity) <= 0.02
+    assert abs(1 - body.count(after)[part] / body.total[part] - sparsity) <= 0.02 + 1e-9
     assert plan.shapes is not None
     later = plan_quantize(WeightOnlyStage(kind="quantize", group_size=group), plan.shapes, SETTING)  # type: ignore[arg-type]
     assert not later.problems
@@ -106,7 +106,7 @@ def test_many_axes_at_once(axes: list[str], left: float, group: int) -> None:
         return
     after = dims_after(plan)
     check_legal(body, after, axes, group)
-    assert abs(cost(body, after) - parameters) <= 0.02 * body.total[0]
+    assert abs(cost(body, after) - parameters) <= (0.02 + 1e-9) * body.total[0]
 
 
 @pytest.mark.parametrize("multiple_of", [1, 8, 96])
@@ -156,6 +156,8 @@ def test_no_legal_shape_along_an_axis_is_nearer(name: str, axis: str, left: floa
     multiples, wanted = {"q": step, "ffn": step, "hidden": step}, left * body.total[0]
     found = search(body, [axis], multiples, wanted, lambda dims: cost(body, dims), at_most)
     legal = [cost(body, dims) for dims in along(body, axis, multiples) if body.refusal(dims) is None]
+    if not at_most and wanted < body.total[0]:  # a smaller model is asked for: the whole one is no answer
+        legal = [each for each in legal if each != cost(body, body.dims)]
     allowed = [each for each in legal if each <= wanted] if at_most else legal
     if not allowed:
         assert not found.best
@@ -175,7 +177,7 @@ def test_no_legal_shape_along_an_axis_is_nearer(name: str, axis: str, left: floa
 @given(
     name=st.sampled_from(["tiny", "qwen2 7B"]),
     axis=st.sampled_from(AXES),
-    left=st.floats(0.1, 1),
+    left=st.floats(0.4, 1.2),
     groups=st.sampled_from([(), (64,), (128,)]),
 )
 def test_bytes_after_all_stages_are_never_more(name: str, axis: str, left: float, groups: tuple[int, ...]) -> None:

@@ -10,7 +10,8 @@ from compress.recipe.load import load_calibration_spec, load_recipe
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n"
 RECIPES = (
-    "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, cpu_int8, quickstart)"
+    "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, "
+    "8b_prune_20, cpu_int8, quickstart, smollm2_prune_int4)"
 )
 SPECS = "(bundled: general_en, general_en_small, wikitext2)"
 KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, output"

@@ -1,16 +1,16 @@
 """What a prune stage will do to a model: the shape that it gets, from config.json and headers alone. Never torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from compress.errors import ModelError
 from compress.model.arch import depth_of
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
 from compress.prune.axes import Anatomy, Dims, anatomy, smaller_config
-from compress.prune.search import Found, nearest_legal, search
+from compress.prune.search import nearest_legal, search
 from compress.recipe.prune import PatternStage, PruneStage, Shape
 from compress.recipe.types import StageSpec
 from compress.stages.contract import Plan, Setting
@@ -144,21 +144,62 @@ def _searched(
         def cost(dims: Dims) -> float:
             return body.count(dims)[0]
     else:
-        assert target.bytes is not None, "a target says one of three"
-        wanted, said = float(target.bytes), f"bytes: {size(target.bytes)}"
-        cost = partial(_final_bytes, body, setting)
-    found = search(body, spec.over, multiples, wanted, cost, at_most=target.bytes is not None)
+        return _within_bytes(spec, body, setting, multiples)
+    found = search(body, spec.over, multiples, wanted, cost, at_most=False)
     if found.best:
         return list(found.best[: _COMPARED if spec.allocate == "auto" else 1]), []
-    return [], [_not_reached(spec, body, found, said, cost, where)]
+    share = 1 - cost(found.nearest) / (inside if target.of == "layers" else total)
+    return [], [_not_reached(spec, body, found.nearest, said, f"sparsity {share:.3f}", where)]
 
 
-def _not_reached(spec: PruneStage, body: Anatomy, found: Found, said: str, cost: Any, where: str) -> str:
-    near = found.nearest
-    share = 1 - body.count(near)[0] / body.total[0]
-    if spec.target is not None and spec.target.of == "layers":
-        share = 1 - body.count(near)[1] / body.total[1]
-    reached = size(cost(near)) if spec.target is not None and spec.target.bytes is not None else f"sparsity {share:.3f}"
+def _within_bytes(
+    spec: PruneStage, body: Anatomy, setting: Setting, multiples: dict[str, int]
+) -> tuple[list[Dims], list[str]]:
+    """The shapes whose checkpoint, behind the last stage, has no more bytes than the target.
+
+    Bytes grow with the parameters of the layers and of all else, so two plans show how much, and the shapes that are
+    found are planned to be sure.
+    """
+    assert spec.target is not None and spec.target.bytes is not None, "the target is in bytes"
+    wanted, where, said = spec.target.bytes, setting.where, f"bytes: {size(spec.target.bytes)}"
+    exact = cache(partial(_final_bytes, body, setting))
+    line = search(body, spec.over, multiples, 0.0, lambda dims: body.count(dims)[0], at_most=False).nearest
+    half = search(
+        body, spec.over, multiples, (body.count(line)[0] + body.total[0]) / 2, lambda dims: body.count(dims)[0], False
+    ).nearest
+    each = _bytes_each(body, exact, half, line)
+    if each is None:
+        axes = ", ".join(spec.over)
+        return [], [f"{where}.target.{said} is reached by no shape over {axes} that the stages behind it can work on"]
+
+    def cost(dims: Dims) -> float:
+        total, inside = body.count(dims)
+        return each[0] * inside + each[1] * (total - inside)
+
+    for share in (1.0, 0.997, 0.98):  # the reckoning may be a little below what the plan says
+        found = search(body, spec.over, multiples, share * wanted, cost, at_most=True)
+        best = [dims for dims in found.best if exact(dims) <= wanted]
+        if best:
+            return best[: _COMPARED if spec.allocate == "auto" else 1], []
+    smallest = found.nearest if math.isfinite(exact(found.nearest)) else line
+    return [], [_not_reached(spec, body, smallest, said, size(exact(smallest)), where)]
+
+
+def _bytes_each(body: Anatomy, exact: Callable[[Dims], float], one: Dims, other: Dims) -> tuple[float, float] | None:
+    """Bytes of a parameter of the layers, and of any other, from two shapes; None where a later stage works on none."""
+    sizes = {dims: exact(dims) for dims in (one, other) if math.isfinite(exact(dims))}
+    if not sizes:
+        return None
+    stored = body.shapes.bytes / body.total[0]  # outside the layers, where hardly anything is quantized
+    rows = [(total - inside, inside, found) for dims, found in sizes.items() for total, inside in [body.count(dims)]]
+    if len(rows) == 2 and rows[0][1] != rows[1][1] and rows[0][0] == rows[1][0]:
+        inner = (rows[0][2] - rows[1][2]) / (rows[0][1] - rows[1][1])
+        return inner, (rows[0][2] - inner * rows[0][1]) / rows[0][0]
+    outer, inside, found = rows[0]
+    return max(0.0, found - stored * outer) / inside, stored
+
+
+def _not_reached(spec: PruneStage, body: Anatomy, near: Dims, said: str, reached: str, where: str) -> str:
     shape = words(near, body.dims) or "the model as it is"
     return (
         f"{where}.target.{said} is reached by no shape over {', '.join(spec.over)}; "
@@ -239,6 +280,8 @@ def shares(body: Anatomy, dims: Dims) -> str:
 def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, where: str) -> list[str]:
     """What should be heard before the run."""
     lines = []
+    if dims == body.dims:
+        lines.append(f"{where}: nothing is removed: the model is no larger than wanted as it is")
     if dims.hidden != body.dims.hidden and is_tied(body.shapes, find_modules(body.shapes)) and spec.compensate:
         lines.append(
             f"{where}: the head stays tied to the embeddings, so it is cut with them and not solved anew; "
