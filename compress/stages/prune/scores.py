@@ -48,16 +48,18 @@ class Scores:
         shared = folder if context.shared is None else context.shared
         damp = f"-{spec.damp:g}" if self.ranking == "greedy" else ""
         self.folder = shared / f"{self.ranking}{damp}-v{CODE_VERSION}"
+        self._found: list[dict[str, Tensor]] = []
         self.files = [self.folder / f"layer-{index:05d}.safetensors" for index in range(body.dims.layers + 1)]
 
     def find(self) -> None:
-        """Compute what is not there yet; waits where another process is at the same."""
+        """Take up what is there and compute the rest; waits where another process is at the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
         say = self.context.reporter.say
         with FileLock(self.folder.parent.with_name(f"{self.folder.parent.name}.lock")) as lock:
             lock.acquire(exclusive=True, waiting=lambda who: say(f"scores: waiting for {who}, which is at the same"))
             if not all(file.is_file() for file in self.files):
                 self._compute()
+            self._found = [read_part(file)[0] for file in self.files]
 
     @torch.no_grad()
     def _compute(self) -> None:
@@ -184,7 +186,7 @@ class Scores:
         ffn = heads = groups = None
         if replace(dims, layers=before.layers, hidden=before.hidden) == before:
             return Kept(before, hidden=hidden)
-        found = read_part(self.files[index])[0]
+        found = self._found[index]
         if dims.ffn < before.ffn:
             ffn = found["ffn"][before.ffn - dims.ffn :].sort().values
         if (dims.heads, dims.kv_heads) != (before.heads, before.kv_heads):
@@ -197,7 +199,7 @@ class Scores:
         """Residual channels that stay, by their weight in these layers; None is all."""
         if width == self.body.dims.hidden:
             return None
-        total = torch.stack([read_part(self.files[index])[0]["hidden"] for index in layers]).sum(0)
+        total = torch.stack([self._found[index]["hidden"] for index in layers]).sum(0)
         return total.argsort(descending=True, stable=True)[:width].sort().values
 
     def ratios(self, index: int, hidden: Tensor | None) -> dict[str, float]:
@@ -209,8 +211,8 @@ class Scores:
         """
         if hidden is None:
             return {}
-        found = read_part(self.files[index])[0]
-        shares = {name.removeprefix("energy."): each for name, each in found.items() if name.startswith("energy.")}
+        found = self._found[index].items()
+        shares = {name.removeprefix("energy."): each for name, each in found if name.startswith("energy.")}
         return {name: float(each[hidden].mean().sqrt()) for name, each in shares.items()}
 
 
