@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 from command import invoke
+from pruned import SETTING
+from random_models import make_model
 from small_model import TRAINED
 
 from compress.errors import ModelError, RecipeError
 from compress.loop.skeleton import check_builds
 from compress.model.checkpoint import Checkpoint
 from compress.prune.axes import anatomy
+from compress.recipe.prune import PatternStage, PruneStage
+from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import CalibrationSpec, Recipe
+from compress.recipe.types import StageSpec
 from compress.runs.builds import check_planned
 from compress.runs.plan import RunPlan, plan_run
 from compress.stages.contract import Plan
-from compress.stages.prune.plan import planned_shapes
+from compress.stages.prune.plan import plan, planned_shapes
 
 RECIPE = """\
 name: small
@@ -140,3 +145,22 @@ def test_a_shape_that_transformers_refuses_is_said_before_the_run() -> None:
     assert "(256) is not a multiple of the number of attention heads (6)" in problem
     assert problem.endswith("; choose another shape") and "/tmp" not in problem
     check_planned(RunPlan(recipe, None, text, 32, [replace(stages[0], builds=None)], []))
+
+
+def test_what_becomes_of_a_pattern_is_said(tmp_path: Path) -> None:
+    pattern = PatternStage.model_validate({"kind": "prune", "pattern": "2:4"})
+    kept = WeightOnlyStage(kind="quantize", group_size=32, pattern="2:4")
+    lost, whole = (
+        kept.model_copy(update={"pattern": None}),
+        PruneStage.model_validate({"kind": "prune", "target": {"sparsity": 0.1}}),
+    )
+    model = Checkpoint(make_model(tmp_path / "model"))
+
+    def planned(stage: StageSpec) -> Plan:
+        return plan(pattern, model, replace(SETTING, following=[stage]))
+
+    assert not planned(kept).warnings and not planned(kept).problems
+    (warning,) = planned(lost).warnings
+    assert warning.startswith("stages.1: ") and warning.endswith("pattern: 2:4 in that stage keeps them")
+    (problem,) = planned(whole).problems
+    assert problem.startswith("stages.1: removes whole parts behind a pattern")

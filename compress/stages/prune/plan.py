@@ -321,8 +321,15 @@ def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
         "use unstructured"
         for width, name in odd.items()
     ]
+    later = list(enumerate(setting.following, int(setting.where.rpartition(".")[2] or 0) + 1))
+    problems += [
+        f"stages.{number}: removes whole parts behind a pattern, whose zeros it would undo; put it in front of it"
+        for number, stage in later
+        if isinstance(stage, PruneStage)
+    ]
     if problems:
         return Plan(shapes, problems)
+    warnings = [_zeros_lost(spec, stage, number) for number, stage in later if stage.kind == "quantize"]
     widths = [shape[1] for shape in linears.values()]
     inside = sum(info.bytes for name, info in shapes.tensors.items() if name.startswith(modules.layers + "."))
     models = 2 if spec.method == "sparsegpt" else 1
@@ -334,4 +341,12 @@ def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
         ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)"),
     ]
     after = PlannedShapes(shapes, dict(shapes.config), shapes.tensors, shapes.bytes)
-    return Plan(after, lines=lines, disk_bytes=2 * shapes.bytes)
+    return Plan(after, warnings=list(filter(None, warnings)), lines=lines, disk_bytes=2 * shapes.bytes)
+
+
+def _zeros_lost(spec: PatternStage, stage: StageSpec, number: int) -> str:
+    """Whether a later stage moves the zeros."""
+    if getattr(stage, "pattern", None) == spec.pattern or getattr(stage, "method", None) == "rtn":
+        return ""
+    remedy = "" if spec.pattern == "unstructured" else f"; pattern: {spec.pattern} in that stage keeps them"
+    return f"stages.{number}: makes up for rounding in all weights, so the zeros of {spec.pattern} are lost{remedy}"
