@@ -29,6 +29,7 @@ class Context:
         max_memory: bytes of the device's memory (of the machine's, on a CPU) that may be used; None is what is free.
         base: the recipe's model, before any stage.
         layers: which of its layers each layer of the stage's parent was; None: all of them, in order.
+        fresh: whether nothing that earlier runs have left there is used.
         shared: folder for what stages on the same model and text can share; None keeps nothing.
     """
 
@@ -41,6 +42,7 @@ class Context:
     max_memory: int | None = None
     base: Checkpoint | None = None
     layers: Sequence[int] | None = None
+    fresh: bool = False
     shared: Path | None = None
 
     def calibration(self) -> Tensor:

@@ -53,7 +53,7 @@ FAMILIES: dict[str, Arch] = {
 ATTENDED = ("k_proj", "v_proj")
 
 # Under which names configs keep the same number; transformers knows the first ones for all families.
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -65,7 +65,7 @@ _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_ex
 
 def depth_of(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers, as config.json says it."""
-    return _first(config, _DEPTHS)
+    return _first(config, DEPTHS)
 
 
 def width_of(config: Mapping[str, Any]) -> int | None:

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from compress.errors import ModelError
-from compress.model.arch import depth_of
+from compress.model.arch import DEPTHS, depth_of
 from compress.model.names import says_tied
-from compress.model.shapes import Shapes, find_modules, is_tied
+from compress.model.shapes import FLOATS, Shapes, find_modules, is_tied
 
 Parts = tuple[str, ...]  # what is joined along one dimension of a tensor: sizes by name, () for what stays as it is
 
@@ -47,6 +47,9 @@ _NORMS = (
     "self_attn_layer_norm", "final_layer_norm",
 )  # fmt: skip
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # [head_dim], the same for all heads
+
+# Of older checkpoints; models compute them anew.
+_BUFFERS = ("self_attn.rotary_emb.inv_freq", "attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 _FFN_KEYS = ("intermediate_size", "ffn_dim")
 # Where transformers wants the width to be a multiple of the heads, also with a head_dim of its own. Taken to be so for
@@ -165,7 +168,7 @@ def anatomy(shapes: Shapes) -> Anatomy:
     norms = {n: shape for n, shape in rest.items() if "norm" in n and shape == (dims.hidden,)}
     one: Sequence[Parts] = (_HIDDEN,)
     outer |= {name: (one, shape) for name, shape in norms.items()}
-    other = {name: shape for name, shape in rest.items() if name not in norms and shapes.tensors[name].dtype[0] in "BF"}
+    other = {name: shape for name, shape in rest.items() if name not in norms and shapes.tensors[name].dtype in FLOATS}
     fixed = sum(math.prod(shape) for shape in other.values())
     problems = _problems(config, dims, unknown, other)
     return Anatomy(dims, shapes, layer, outer, fixed, problems)
@@ -196,8 +199,8 @@ def _layer_parts(name: str, shape: tuple[int, ...], dims: Dims, unknown: dict[st
             return parts
     elif module in _NORMS and shape == (dims.hidden,):
         return (_HIDDEN,)
-    elif module in _HEAD_NORMS and shape == (dims.head_dim,):
-        return ((),)
+    elif (module in _HEAD_NORMS and shape == (dims.head_dim,)) or name in _BUFFERS:
+        return ((),) * len(shape)
     unknown[name] = f"{name} of shape {list(shape)}"
     return ((),) * len(shape)
 
@@ -239,7 +242,7 @@ def smaller_config(anatomy: Anatomy, dims: Dims, kept: Sequence[int]) -> dict[st
         kept: layers that stay.
     """
     config, before = dict(anatomy.shapes.config), anatomy.dims
-    changed = {"hidden_size": dims.hidden, "num_attention_heads": dims.heads, "num_hidden_layers": dims.layers}
+    changed = {"hidden_size": dims.hidden, "num_attention_heads": dims.heads} | dict.fromkeys(DEPTHS, dims.layers)
     changed |= {key: dims.ffn for key in _FFN_KEYS if key in config}
     config |= {key: value for key, value in changed.items() if key in config}
     if (dims.heads, dims.kv_heads, dims.hidden) != (before.heads, before.kv_heads, before.hidden):

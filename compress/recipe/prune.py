@@ -135,7 +135,7 @@ class PruneStage(StageSpec):
         description="submodule: train each layer's attention and MLP for some steps towards what the original's put "
         "out, one layer in memory. Minutes on a GPU.",
     )
-    steps: Count = Field(default=200, ge=1, description="Steps of reconstruct for each attention and each MLP.")
+    steps: Count = Field(default=200, ge=1, description="Steps of reconstruct for each layer.")
     block: Literal["kl", "influence"] = Field(
         default="kl",
         description="How the block of layers is chosen: by the divergence that removing it leaves (kl), or by how "
@@ -177,10 +177,16 @@ class PruneStage(StageSpec):
                 axis = AXIS_OF[outside[0]]
                 message = f"shape.{outside[0]} is of axis {axis}, which axes does not name; add it or remove axes"
                 raise PydanticCustomError("prune_axes", "{message}", {"message": message})
+            if isinstance(self.shape, list) and len(self.shape) > 1 and not self.compensate:
+                message = "shapes are compared by a divergence that compensate: false does not measure; give one shape"
+                raise PydanticCustomError("prune_shapes", message)
             if self.allocate == "auto":
                 raise PydanticCustomError(
                     "prune_allocate", "allocate: auto chooses a shape and shape is given; remove one"
                 )
+        if self.allocate == "auto" and not self.compensate:
+            message = "auto compares shapes by a divergence that compensate: false does not measure; use even"
+            raise PydanticCustomError("prune_allocate", message)
         return self
 
     @property
@@ -204,7 +210,7 @@ class PruneStage(StageSpec):
     @property
     def calibrates(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return self.compensate or self.ranking != "magnitude" or "layers" in self.over
+        return self.compensate or self.ranking != "magnitude" or bool({"layers", "hidden"} & set(self.over))
 
     @property
     def title(self) -> str:

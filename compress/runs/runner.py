@@ -248,9 +248,7 @@ class _Job:
         text = None if self.context.tokens is None else self.context.tokens.sha256
         here = [self.context.device.type, *(version for name, version in versions().items() if name in MATTERS)]
         shared = self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here)
-        if self.fresh:
-            shutil.rmtree(shared, ignore_errors=True)
-        return replace(self.context, base=self.base, layers=self.layers, shared=shared)
+        return replace(self.context, base=self.base, layers=self.layers, fresh=self.fresh, shared=shared)
 
     def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
         """Give what a stage has made its place; returns the record."""

@@ -82,7 +82,7 @@ def test_shapes_one_or_several() -> None:
         (["target: {sparsity: 0.3}", "axes: [heads, ffn]"], ["heads", "ffn"], "activation", True),
         (["shape: {hidden_size: 64}", "compensate: false"], ["hidden"], "activation", True),
         (["shape: {num_key_value_heads: 4}", "importance: fluctuation"], ["heads"], "fluctuation", True),
-        (["shape: {hidden_size: 64}", "compensate: false", "importance: magnitude"], ["hidden"], "magnitude", False),
+        (["shape: {hidden_size: 64}", "compensate: false", "importance: magnitude"], ["hidden"], "magnitude", True),
         (
             ["shape: {num_hidden_layers: 2}", "compensate: false", "importance: magnitude"],
             ["layers"], "magnitude", True,

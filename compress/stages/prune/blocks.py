@@ -16,13 +16,15 @@ from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.prune import PruneStage
+from compress.stages.prune.scores import alone
 from compress.system.files import write_text
 
+CODE_VERSION = 1
 _TOKENS = 8192  # that the blocks are compared on
 
 
 @torch.no_grad()
-def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Context, folder: Path) -> int:
+def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Context, folder: Path, room: float) -> int:
     """The first layer of the block to remove.
 
     Args:
@@ -31,31 +33,34 @@ def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Conte
         size: layers to remove.
         context: device, calibration tokens, progress.
         folder: where the figures are kept.
+        room: bytes that activations may take.
     """
     shared = folder if context.shared is None else context.shared
     first = 1 if spec.compensate else 0  # what stays in front of the block makes up for it
-    file = shared / f"block-{spec.block}-{size}-from-{first}.json"
-    if not file.is_file():
-        shared.mkdir(parents=True, exist_ok=True)
-        stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code)
-        figures = (
-            _divergences(stream, size, first, context) if spec.block == "kl" else _turns(stream, size, first, context)
-        )
-        stream.close()
-        write_text(file, json.dumps({str(start): value for start, value in figures.items()}))
+    file = shared / f"block-{spec.block}-{size}-from-{first}-v{CODE_VERSION}.json"
+    with alone(shared, context):
+        if context.fresh or not file.is_file():
+            shared.mkdir(parents=True, exist_ok=True)
+            stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, room)
+            compare = _divergences if spec.block == "kl" else _turns
+            found = compare(stream, size, first, context)
+            stream.close()
+            write_text(file, json.dumps({str(start): value for start, value in found.items()}))
     figures = {int(start): value for start, value in json.loads(file.read_text(encoding="utf-8")).items()}
     return min(figures, key=lambda start: (figures[start], start))
 
 
-def _sample(context: Context) -> Tensor:
+def _sample(context: Context, stream: LayerStream) -> Tensor:
+    """As many tokens as there is room for a copy of their states behind each layer."""
     tokens = context.calibration()
-    return tokens[: max(1, _TOKENS // tokens.shape[1])]
+    copies = stream.depth * stream.model.config.hidden_size * context.dtype.itemsize
+    return tokens[: max(1, int(min(_TOKENS, stream.room / copies)) // tokens.shape[1])]
 
 
 def _divergences(stream: LayerStream, size: int, first: int, context: Context) -> dict[int, float]:
     """KL(whole model || model without the block), by the block's first layer."""
     with stream.outer():
-        whole = stream.start(_sample(context), batch=1)
+        whole = stream.start(_sample(context, stream), batch=1)
     behind: list[Activations] = []  # what came into each layer
     skipped: dict[int, Activations] = {}
     with context.reporter.task("try blocks of layers", stream.depth, "layer") as advance:
@@ -98,7 +103,7 @@ def divergence(original: tuple[LayerStream, Activations], other: tuple[LayerStre
 def _turns(stream: LayerStream, size: int, first: int, context: Context) -> dict[int, float]:
     """1 - cosine of the states in front of and behind the block: block influence (Men et al., arXiv 2403.03853)."""
     with stream.outer():
-        states = stream.start(_sample(context), batch=1)
+        states = stream.start(_sample(context, stream), batch=1)
     seen: list[Sequence[Tensor]] = [list(states.hidden)]
     with context.reporter.task("try blocks of layers", stream.depth, "layer") as advance:
         for index in range(stream.depth):

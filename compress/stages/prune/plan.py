@@ -49,6 +49,7 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
         chosen = [each for each in found if isinstance(each, Dims)]
     else:
         chosen, problems = _searched(spec, body, setting, multiples)
+    problems += [line for dims in chosen[1:] for line in _later_problems(body, setting, dims)]
     if problems:
         return Plan(shapes, problems)
     best = chosen[0]
@@ -57,7 +58,7 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
         after,
         warnings=warnings_of(spec, body, best, where),
         lines=_lines(spec, body, chosen, shapes, setting),
-        disk_bytes=2 * after.bytes,
+        disk_bytes=2 * len(chosen) * after.bytes,
         spec=resolved(spec, chosen),
         builds=f"{where}: choose another shape",
     )
@@ -222,6 +223,17 @@ def _final_bytes(body: Anatomy, setting: Setting, dims: Dims) -> float:
     return shapes.bytes
 
 
+def _later_problems(body: Anatomy, setting: Setting, dims: Dims) -> list[str]:
+    """Why the stage behind this one can't work on one of several shapes; with the first one, its own plan says so."""
+    from compress.stages import KINDS
+
+    if not setting.following:
+        return []
+    stage, *rest = setting.following
+    after = KINDS[stage.kind].plan().plan(stage, planned_shapes(body, dims), replace(setting, following=rest))
+    return [f"{setting.where}.shape: {words(dims, body.dims)} does not suit what follows: {p}" for p in after.problems]
+
+
 def planned_shapes(body: Anatomy, dims: Dims) -> PlannedShapes:
     """The model of these sizes, as far as they are known before the work: which layers stay is not."""
     parent, modules = body.shapes, find_modules(body.shapes)
@@ -308,7 +320,8 @@ def _lines(
     states = 2 * 2 * text.samples * text.length * (3 * dims.hidden + max(dims.ffn, dims.heads * dims.head_dim))
     squares = 20 * max(dims.ffn, dims.heads * dims.head_dim) ** 2
     outside = shapes.bytes - layer * dims.layers
-    memory = 5 * layer + squares + (states if spec.calibrates else 0) + outside + _LIBRARIES
+    held = 5 if spec.reconstruct == "off" else 16  # float32 weights, gradients and moments
+    memory = held * layer + squares + (states if spec.calibrates else 0) + outside + _LIBRARIES
     return [*rows, ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)")]
 
 
@@ -346,7 +359,9 @@ def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
 
 def _zeros_lost(spec: PatternStage, stage: StageSpec, number: int) -> str:
     """Whether a later stage moves the zeros."""
-    if getattr(stage, "pattern", None) == spec.pattern or getattr(stage, "method", None) == "rtn":
+    if getattr(stage, "pattern", None) == spec.pattern or getattr(stage, "weight_rounding", None) == "rtn":
         return ""
-    remedy = "" if spec.pattern == "unstructured" else f"; pattern: {spec.pattern} in that stage keeps them"
+    remedy = "; weight_rounding: rtn in that stage keeps them"
+    if hasattr(stage, "pattern"):
+        remedy = "" if spec.pattern == "unstructured" else f"; pattern: {spec.pattern} in that stage keeps them"
     return f"stages.{number}: makes up for rounding in all weights, so the zeros of {spec.pattern} are lost{remedy}"

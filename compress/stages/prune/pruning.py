@@ -3,7 +3,8 @@
 The original runs beside the smaller model. In front of each group of linears both models' inputs are known, so the
 weights that are kept are solved at once (compress/prune/compensation.py), and later linears see what earlier ones now
 put out. Where layers behind this one are gone, its last linear is solved for the states behind them: that is a linear
-map in their place, without a parameter more.
+map in their place, without a parameter more. (Where a norm stands behind that linear, or attention beside it, there is
+no such map.)
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress import records
@@ -60,6 +62,7 @@ class _Layer:
     kept: Kept
     ends: Activations | None = None
     middle: list[Tensor] | None = None
+    place: torch.device | None = None  # of states between layers: the host's memory where the device's is short
 
 
 class Pruning(LayerTransform):
@@ -85,7 +88,7 @@ class Pruning(LayerTransform):
         self.kl: float | None = None
         room = self._room()
         gone = body.dims.layers - dims.layers
-        first = choose_block(spec, parent, gone, context, output / "scores") if gone else 0
+        first = choose_block(spec, parent, gone, context, output / "scores", room) if gone else 0
         self.layers = layers_without(body.dims.layers, first, gone)
         self.scores = Scores(spec, parent, body, context, output / "scores", room)
         if replace(dims, layers=body.dims.layers) != body.dims:
@@ -168,38 +171,44 @@ class Pruning(LayerTransform):
         followers = self._followers(index)
         layer.ends = reference.ahead([own, *followers]) if followers else None
         trains = self.spec.reconstruct == "submodule"
-        layer.middle = [] if trains else None
+        layer.middle, layer.place = [] if trains else None, calibration.hidden[0].device
         states = calibration.copy() if trains else calibration
         whole = {self.original.prefix(own) + name: tensor for name, tensor in layer.whole.items()}
         solved: dict[str, Refit] = {}
+        mapped = False
         for group, pairs, writing in reference.beside(self.stream, index, states, whole, own):
             found = self._solve(layer, group, pairs, writing)
             changed = {f"{n}.weight": r.weight.to(layer.pieces[f"{n}.weight"].dtype) for n, r in found.items()}
             layer.pieces |= changed
             self._fill(layer, changed)
             solved |= found
+            mapped |= bool(writing & {name for name in found if self._parts(name)[1] == ("ffn",)})
         for each in followers:
             reference.run(each, self.original.load_layer(each))
+        if followers and not mapped:
+            self.context.reporter.warn(
+                f"layers {', '.join(map(str, followers))}: removed, and nothing makes up for them: what layer {own} "
+                "puts out is not added to the states as it is (a norm behind it, or attention beside it)"
+            )
         rows = [self._described(layer, name, refit) for name, refit in solved.items()]
         if trains:
             rows[-1] = rows[-1].model_copy(update=self._train(layer, calibration, reference))
             self.stream.run_layer(index, calibration)
         return self._named(layer), rows
 
-    def _train(self, layer: _Layer, states: Activations, reference: ReferenceModel) -> dict[str, float]:
+    def _train(self, layer: _Layer, states: Activations, reference: ReferenceModel) -> dict[str, float | None]:
         """Train the layer on from its solved weights; returns its errors before and after."""
         linears = [name for name, (parts, shape) in self.body.layer.items() if len(shape) == 2]
         reader = next(name for name in linears if self.body.layer[name][0][0][:1] == ("ffn",))
         ends = reference.activations
         if self.hidden is not None:
-            ends = Activations([self._narrow(each) for each in ends], ends.arguments, ends.device)
+            ends = Activations([self._narrow(each).to(layer.place) for each in ends], ends.arguments, ends.device)
         module = self.stream.layers[layer.index]
         wanted = Wanted(reader.removesuffix(".weight"), layer.middle or [], ends)
-        before, after = reconstruct(module, layer.index, states, wanted, linears, self.spec.steps)
-        there = module.state_dict()
-        layer.pieces |= {name: there[name].detach().to(layer.pieces[name].dtype, copy=True) for name in linears}
+        found = reconstruct(module, layer.index, states, wanted, linears, self.spec.steps)
+        layer.pieces |= {name: weight.to(layer.pieces[name].dtype) for name, weight in found.weights.items()}
         self._fill(layer, {name: layer.pieces[name] for name in linears})
-        return {"layer_error": before, "layer_error_trained": after}
+        return {"layer_error": found.before, "layer_error_trained": found.after}
 
     def _described(self, layer: _Layer, name: str, refit: Refit) -> records.PrunedModule:
         rows, columns = refit.weight.shape
@@ -227,10 +236,10 @@ class Pruning(LayerTransform):
             assert beside is not None, "the original model runs beside"
             narrow = None if beside.residual is None else (beside.residual[0], self._narrow(beside.residual[1]))
             if last and layer.middle is not None and narrow is not None:
-                layer.middle.append(narrow[1])
+                layer.middle.append(narrow[1].to(layer.place))
             for name, fit in alone.items():
                 writes = name in writing
-                target = self._narrow(layer.ends.get(number)) if writes and last and layer.ends is not None else None
+                target = self._end(layer, name, number) if writes and last else None
                 fit.add(batch, beside.original, narrow if writes else None, target)
             if readers:
                 together.add(batch, beside.original)
@@ -239,6 +248,13 @@ class Pruning(LayerTransform):
             weight = layer.pieces[f"{name}.weight"]
             found[name] = together.solve(weight, self._rows(layer, name), self._damp(layer, name), share)
         return found
+
+    def _end(self, layer: _Layer, name: str, number: int) -> Tensor | None:
+        """What a layer's last linear and the states before it should add up to, where layers behind it are gone."""
+        if layer.ends is None:
+            return None
+        end, bias = self._narrow(layer.ends.get(number)), layer.pieces.get(f"{name}.bias")
+        return end if bias is None else end - bias.to(end)
 
     def _damp(self, layer: _Layer, name: str) -> float:
         tokens = self.context.tokens

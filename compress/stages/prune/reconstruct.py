@@ -6,7 +6,7 @@ behind the attention and behind the layer. Weights are float32 while they are tr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,22 @@ class Wanted:
     end: Activations
 
 
+class Trained(NamedTuple):
+    """What came of a layer: its weights in float32, none where training made it no better; errors before and after.
+
+    The errors are None where there is one batch, of which none could be kept out of the training.
+    """
+
+    weights: dict[str, Tensor]
+    before: float | None
+    after: float | None
+
+
 @torch.enable_grad()
 def reconstruct(
     layer: nn.Module, index: int, states: Activations, wanted: Wanted, trained: Sequence[str], steps: int
-) -> tuple[float, float]:
-    """Train a filled layer; its weights are replaced where a held-out batch is the better for it.
+) -> Trained:
+    """Train a filled layer from the weights that it has.
 
     Args:
         layer: the layer.
@@ -50,13 +61,13 @@ def reconstruct(
         steps: of Adam.
 
     Returns:
-        Relative output error on the held-out batches, before and after.
+        The weights, and relative output errors on batches that were not trained on.
     """
     own = dict(layer.named_parameters())
     master = {name: own[name].detach().float().requires_grad_() for name in trained}
     count = len(states.hidden)
-    held = [number for number in range(count) if number % _HELD_OUT == _HELD_OUT - 1] or [count - 1]
-    used = [number for number in range(count) if number not in held] or held
+    held = [number for number in range(count) if number % _HELD_OUT == _HELD_OUT - 1] or [count - 1][: count - 1]
+    used = [number for number in range(count) if number not in held]
     optimizer = torch.optim.Adam(master.values(), LEARNING_RATE, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(index)
 
@@ -64,8 +75,11 @@ def reconstruct(
         cast = {name: value.to(own[name].dtype) for name, value in master.items()}
         return _errors(layer, cast, index, states, wanted, number)
 
-    with torch.no_grad():
-        before = sum(float(losses(number)[1]) for number in held) / len(held)
+    def held_out() -> float | None:
+        with torch.no_grad():
+            return sum(float(losses(number)[1]) for number in held) / len(held) if held else None
+
+    before = held_out()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(step, steps)
@@ -74,14 +88,10 @@ def reconstruct(
         optimizer.zero_grad(set_to_none=True)
         (middle + end).backward()
         optimizer.step()
-    with torch.no_grad():
-        after = sum(float(losses(number)[1]) for number in held) / len(held)
-    if not after < before:
-        return before, before
-    with torch.no_grad():
-        for name, value in master.items():
-            own[name].copy_(value)
-    return before, after
+    after = held_out()
+    if before is not None and after is not None and not after < before:
+        return Trained({}, before, before)
+    return Trained({name: value.detach() for name, value in master.items()}, before, after)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -115,7 +125,7 @@ def _errors(
     end = _relative(out, wanted.end.get(number), hidden)
     if not wanted.middle:
         return torch.zeros_like(end), end
-    return _relative(middle[0], wanted.middle[number], hidden), end
+    return _relative(middle[0], wanted.middle[number].to(hidden.device), hidden), end
 
 
 def _relative(out: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from compress.prune.axes import Anatomy, Dims, anatomy
 from compress.recipe.prune import PatternStage, PruneStage, Shape
 from compress.stages.contract import Result
 from compress.stages.layerwise import Layerwise
+from compress.stages.prune import blocks, scores
 from compress.stages.prune.plan import dims_of, words
 from compress.stages.prune.pruning import Pruning
 from compress.stages.prune.sparse import sparsify_model
 from compress.system.memory import PeakMemory
 
-CODE_VERSION = 1
+CODE_VERSION = (1, blocks.CODE_VERSION, scores.CODE_VERSION)
 
 
 def run(spec: PruneStage | PatternStage, parent: Checkpoint, output: Path, context: Context) -> Result:
@@ -83,6 +84,7 @@ def _best(
         result = _to(dims, spec, parent, body, output / f"shape-{number}", context)
         assert result.record.pruned is not None and result.record.pruned.calibration_kl is not None
         results.append((result.record.pruned.calibration_kl, number, result))
+        context = replace(context, fresh=False)  # what was ranked just now will do
         context.reporter.say(f"{words(dims, body.dims)}: KL {results[-1][0]:.4g} on the calibration text")
     _, number, best = min(results, key=lambda each: each[:2])
     shutil.rmtree(output / "checkpoint", ignore_errors=True)

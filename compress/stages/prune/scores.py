@@ -28,6 +28,16 @@ from compress.system.locks import FileLock
 CODE_VERSION = 1
 
 
+@contextmanager
+def alone(shared: Path, context: Context) -> Iterator[None]:
+    """Hold the folder that stages on one model and text share; waits where another process is at the same."""
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    say = context.reporter.say
+    with FileLock(shared.with_name(f"{shared.name}.lock")) as lock:
+        lock.acquire(exclusive=True, waiting=lambda who: say(f"scores: waiting for {who}, which is at the same"))
+        yield
+
+
 class Scores:
     """Removal orders of a model's layers.
 
@@ -46,17 +56,21 @@ class Scores:
         self.spec, self.parent, self.body, self.context, self.room = spec, parent, body, context, room
         self.ranking = spec.ranking
         shared = folder if context.shared is None else context.shared
-        damp = f"-{spec.damp:g}" if self.ranking == "greedy" else ""
-        self.folder = shared / f"{self.ranking}{damp}-v{CODE_VERSION}"
+        more = f"-{spec.damp:g}" if self.ranking == "greedy" else ""
+        self._reads = self.ranking != "magnitude" or "hidden" in spec.over  # whose norms are scaled by what they read
+        if self.ranking == "magnitude" and self._reads:
+            more = "-and-norms"
+        self.folder = shared / f"{self.ranking}{more}-v{CODE_VERSION}"
         self._found: list[dict[str, Tensor]] = []
         self.files = [self.folder / f"layer-{index:05d}.safetensors" for index in range(body.dims.layers + 1)]
 
     def find(self) -> None:
         """Take up what is there and compute the rest; waits where another process is at the same."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        say = self.context.reporter.say
-        with FileLock(self.folder.parent.with_name(f"{self.folder.parent.name}.lock")) as lock:
-            lock.acquire(exclusive=True, waiting=lambda who: say(f"scores: waiting for {who}, which is at the same"))
+        with alone(self.folder.parent, self.context):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.context.fresh:
+                for file in self.files:
+                    file.unlink(missing_ok=True)
             if not all(file.is_file() for file in self.files):
                 self._compute()
             self._found = [read_part(file)[0] for file in self.files]
@@ -66,7 +80,7 @@ class Scores:
         context, depth = self.context, self.body.dims.layers
         stream = LayerStream(self.parent, context.device, context.dtype, context.trust_remote_code, self.room)
         with stream.outer():
-            calibration = stream.start(context.probe if self.ranking == "magnitude" else context.calibration())
+            calibration = stream.start(context.calibration() if self._reads else context.probe)
         with context.reporter.task(f"rank by {self.ranking}", depth, "layer") as advance:
             for index, file in enumerate(self.files[:depth]):
                 raw = stream.load_layer(index)
@@ -91,7 +105,7 @@ class Scores:
         """Orders of a filled layer, which `calibration` goes through."""
         prefix = stream.prefix(index)
         found: dict[str, Tensor] = {}
-        with _energies(stream.layers[index], norm_names(self.body)) as energies:
+        with _energies(stream.layers[index], norm_names(self.body), len(calibration.hidden)) as energies:
             for group, arrivals in stream.steps(index, calibration):
                 wanted = [name for name in group if self._columns(name) in (("ffn",), ("q",))]
                 if not wanted:
@@ -228,6 +242,7 @@ class _Energy:
 
     _sum: Tensor | None = None
     _tokens: int = 0
+    batches: int = 0
 
     def add(self, batch: Tensor) -> None:
         """Add a batch [..., D]."""
@@ -235,6 +250,7 @@ class _Energy:
         found = (squares / squares.mean(-1, keepdim=True).clamp_min(1e-30)).sum(0)
         self._sum = found if self._sum is None else self._sum + found
         self._tokens += len(squares)
+        self.batches += 1
 
     def shares(self) -> Tensor:
         """[D], of mean 1."""
@@ -243,13 +259,13 @@ class _Energy:
 
 
 @contextmanager
-def _energies(layer: nn.Module, names: list[str]) -> Iterator[dict[str, _Energy]]:
-    """Inside, what these norms read is added up."""
+def _energies(layer: nn.Module, names: list[str], batches: int) -> Iterator[dict[str, _Energy]]:
+    """Inside, what these norms read is added up, of each batch once: the layer may be run anew for each group."""
     energies = {name: _Energy() for name in names}
 
     def look(energy: _Energy) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not inputs[0].is_meta:  # a rehearsal
+            if energy.batches < batches and not inputs[0].is_meta:  # which a rehearsal's are
                 energy.add(inputs[0])
 
         return hook

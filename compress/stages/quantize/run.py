@@ -189,6 +189,9 @@ class _Quantization(LayerTransform):
         with stream.outer():
             tokens = context.calibration()
             self.reference = ReferenceModel(stream, stream.start(tokens), stream.start(context.probe))
+        if self.original is not None:
+            for own in range(self._originals(0)[0]):  # in front of the first that is left
+                self.reference.run(own, stream.load_layer(own))
 
     def restore(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a finished layer, dequantized; the original model goes through the layer too."""
@@ -306,10 +309,17 @@ class _Quantization(LayerTransform):
                 hessian.add(batch if kind.rounding is None else kind.rounding(batch), weight)
                 if beside is not None:
                     ends = layer.ends is not None and kind.writer.endswith(_LAST)
-                    target = layer.ends.get(number) if ends and layer.ends is not None else None
+                    target = self._end(layer, kind.writer, number) if ends else None
                     propagated.add(batch, beside.original, weight, beside.residual, target)
         for kind, members in alike.items():
             yield sums.pop(kind), members
+
+    def _end(self, layer: _Layer, writer: str, number: int) -> Tensor | None:
+        """What a layer's last linear and the states before it should add up to, where layers behind it are gone."""
+        if layer.ends is None:
+            return None
+        end, bias = layer.ends.get(number), layer.tensors.get(f"{writer}.bias")
+        return end if bias is None else end - bias.to(end)
 
     def _propagated(self, layer: _Layer, writer: str) -> PropagatedError:
         """For a linear that writes to the residual stream, or for others ("")."""
