@@ -173,11 +173,8 @@ def validate(
     folder = Path(loaded.model)
     planned = plan_run(loaded, folder if folder.is_dir() else None)
     reporter = _reporter(False, False)
-    from compress.runs.builds import check_planned
-
     for line in planned.warnings:
         reporter.warn(line)
-    check_planned(planned)
     print(f"{recipe}: valid")
 
 
@@ -315,6 +312,10 @@ def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -
     planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say))
     for line in planned.warnings:
         reporter.warn(line)
+    if any(plan.builds for plan in planned.stages):
+        from compress.runs.builds import check_planned  # here, because it imports torch
+
+        check_planned(planned)
     print("\n".join(planned.lines(work)))
 
 

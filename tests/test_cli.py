@@ -290,13 +290,15 @@ def test_inspect_reads_a_dense_model(tiny_model: Path) -> None:
 def test_cache_ls_and_clean(finished_run: FinishedRun, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(finished_run.work, work)
-    files = [file for kind in ("stages", "evaluations") for file in (work / kind).rglob("*") if file.is_file()]
+    files = [
+        file for kind in ("stages", "scores", "evaluations") for file in (work / kind).rglob("*") if file.is_file()
+    ]
     size = sum(file.stat().st_size for file in files)
     rows = [line.split() for line in succeed("cache", "ls", work).splitlines()]
     assert {(kind, name) for _, _, kind, name in rows} == {
         (kind, path.name)
-        for kind in ("stages", "evaluations")
-        for path in (work / kind).iterdir()
+        for kind in ("stages", "scores", "evaluations")
+        for path in (work / kind).glob("*")
         if path.suffix != ".lock"
     }
     assert sum(float(row[0]) for row in rows) == pytest.approx(size / 1e6, abs=0.06 * len(rows))

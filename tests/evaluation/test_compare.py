@@ -18,6 +18,7 @@ from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
+from compress.system.compute import pick_dtype
 from compress.system.progress import Reporter
 
 LENGTH, WINDOWS, VOCABULARY = 40, 3, 4096
@@ -79,11 +80,11 @@ def test_what_the_tokenizer_puts_in_front_is_seen_and_not_scored(front: int, tmp
     (base / "tokenizer.json").write_text(json.dumps(file))
     (tmp_path / "t.txt").write_text(text)
     bare = torch.tensor(AutoTokenizer.from_pretrained(base)(text, add_special_tokens=False)["input_ids"])
-    lost = torch.empty(0)
+    lost, computed = torch.empty(0), pick_dtype(torch.device("cpu"), torch.bfloat16)
     for window in bare[: 3 * (32 - front)].view(3, -1):
         tokens = torch.cat([torch.tensor([*ids.values()]), window])
         with torch.no_grad():
-            logits = load_stock(base, torch.float32)(tokens[None]).logits[0, front - 1 : -1]
+            logits = load_stock(base, computed)(tokens[None]).logits[0, front - 1 : -1].float()
         lost = torch.cat([lost, torch.nn.functional.cross_entropy(logits, window, reduction="none")])
     options = ["--text", tmp_path / "t.txt", "--sequence-length", 32, "--windows", 3, "--device", "cpu"]
     done = invoke("eval", base, base, *options, "--work-dir", tmp_path / "work")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,6 @@ def test_nothing_removed_changes_no_bit(family: str, tmp_path: Path) -> None:
 
 
 def test_scores_are_taken_up_again_by_another_target(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     parent, there = make(tmp_path / "model", "llama"), replace(context(), shared=tmp_path / "shared")
     prune(parent, tmp_path / "one", there, shape={"intermediate_size": 64})
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("*.safetensors")}
@@ -290,8 +289,6 @@ def test_kept_weights_are_the_least_squares_solution(shape: dict[str, int], tmp_
 
 def cut_like(parent: Checkpoint, tmp_path: Path, shape: dict[str, int], removed: list[int]) -> Path:
     """The same entries without compensation, from the scores of the same run, whichever block that would choose."""
-    from dataclasses import replace
-
     shared = tmp_path / "work" / "scores"
     if removed:
         figures = {str(start): float(start != removed[0]) for start in range(LAYERS - len(removed) + 1)}
@@ -365,9 +362,9 @@ def test_errors_in_the_record_are_those_of_the_weights(tmp_path: Path) -> None:
 
 def test_compensation_and_training_help(tmp_path: Path) -> None:
     parent, shape = make(tmp_path / "model", "llama"), {"intermediate_size": 64, "num_attention_heads": 2}
-    there = context(sequences=192)  # three batches, one of which is not trained on
+    there = context(sequences=512)  # eight batches, one of which is not trained on
     plain = prune(parent, tmp_path / "plain", there, shape=shape)
-    trained = prune(parent, tmp_path / "trained", there, shape=shape, reconstruct="submodule", steps=30)
+    trained = prune(parent, tmp_path / "trained", there, shape=shape, reconstruct="submodule", steps=60)
     assert plain.pruned is not None and trained.pruned is not None
     assert plain.pruned.calibration_kl is not None and trained.pruned.calibration_kl is not None
     assert trained.pruned.calibration_kl < plain.pruned.calibration_kl
@@ -388,3 +385,23 @@ def test_of_several_shapes_the_best_is_kept(tmp_path: Path) -> None:
     best = min(record.pruned.tried.values())
     assert record.pruned.calibration_kl == best and record.pruned.after["intermediate_size"] != 16
     opens(tmp_path / "work" / "checkpoint", torch.float32)
+
+
+@pytest.mark.parametrize("shape", [{"intermediate_size": 48}, {"num_hidden_layers": 3}, {"num_attention_heads": 2}])
+def test_quantizing_can_aim_at_the_model_before_pruning(shape: dict[str, int], tmp_path: Path) -> None:
+    """Its correction then makes good some of what an uncompensated cut has lost; 8 bits lose hardly anything."""
+    parent = make(tmp_path / "model", "llama")
+    there = context(sequences=128)
+    record = prune(parent, tmp_path / "pruned", there, shape=shape, compensate=False)
+    assert record.pruned is not None and there.tokens is not None
+    kept = [index for index in range(LAYERS) if index not in record.pruned.removed_layers]
+    aimed = replace(there, base=parent, layers=kept)
+    tokens, lost = there.tokens.tokens[:16], {}
+    wanted = logits_of(load_stock(parent.folder, torch.float32), tokens).log_softmax(-1)
+    for reference in ("parent", "base"):
+        spec = WeightOnlyStage(kind="quantize", bits=8, group_size=-1, reference=reference)
+        quantize(spec, Checkpoint(tmp_path / "pruned" / "checkpoint"), tmp_path / reference, aimed)
+        with torch.no_grad():
+            found = logits_of(opens(tmp_path / reference / "checkpoint", torch.float32), tokens).log_softmax(-1)
+        lost[reference] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert lost["base"] < 0.9 * lost["parent"]

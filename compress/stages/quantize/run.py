@@ -228,7 +228,13 @@ class _Quantization(LayerTransform):
             if self.spec.weight_rounding == "gptq" and any(map(self._is_attended, self._inside(layer))):
                 layer.received = received_attention(stream, index, calibration)
             if self.reference is not None:
-                self._beside(layer, self.reference, calibration)
+                own, *gone = self._originals(index)
+                layer.original = tensors if self.original is None else self._original_layer(own)
+                layer.ends = self.reference.ahead([own, *gone]) if gone else None
+                for group, pairs, writing in self.reference.beside(stream, index, calibration, layer.original, own):
+                    self._solve(layer, group, pairs, writing)
+                for each in gone:
+                    self.reference.run(each, self._original_layer(each))
             else:
                 for group, arrivals in stream.steps(index, calibration):
                     self._solve(layer, group, Passes(partial(map, _alone, arrivals)))
@@ -247,16 +253,6 @@ class _Quantization(LayerTransform):
     def _original_layer(self, own: int) -> dict[str, Tensor]:
         assert self.reference is not None, "there is an original where it is asked for"
         return (self.stream if self.original is None else self.reference.stream).load_layer(own)
-
-    def _beside(self, layer: _Layer, reference: ReferenceModel, calibration: Activations) -> None:
-        """Quantize a layer group by group, with the original model beside it."""
-        own, *gone = self._originals(layer.index)
-        layer.original = layer.tensors if self.original is None else self._original_layer(own)
-        layer.ends = reference.ahead([own, *gone]) if gone else None
-        for group, pairs, writing in reference.beside(self.stream, layer.index, calibration, layer.original, own):
-            self._solve(layer, group, pairs, writing)
-        for each in gone:
-            reference.run(each, self._original_layer(each))
 
     def _inside(self, layer: _Layer) -> list[str]:
         return [name for name in self.matrices if name.startswith(layer.prefix)]
