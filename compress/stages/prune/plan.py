@@ -21,6 +21,7 @@ _NARROW_UNDER = 2048
 _LEAST_STEPS = 4  # a width that has fewer multiples than that takes smaller ones
 _COMPARED = 3  # shapes, by `allocate: auto`
 _LIBRARIES = 700_000_000  # bytes
+_AMPLE = 20  # calibration tokens for each input, from which on `damp` alone holds solved weights back
 
 
 def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Setting) -> Plan:
@@ -56,7 +57,7 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
     after = planned_shapes(body, best)
     return Plan(
         after,
-        warnings=warnings_of(spec, body, best, where),
+        warnings=warnings_of(spec, body, best, setting),
         lines=_lines(spec, body, chosen, shapes, setting),
         disk_bytes=2 * len(chosen) * after.bytes,
         spec=resolved(spec, chosen),
@@ -289,9 +290,16 @@ def shares(body: Anatomy, dims: Dims) -> str:
     )
 
 
-def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, where: str) -> list[str]:
+def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, setting: Setting) -> list[str]:
     """What should be heard before the run."""
-    lines = []
+    lines, where, text = [], setting.where, setting.text
+    widest, tokens = max(dims.ffn, dims.heads * dims.head_dim), text.samples * text.length
+    if spec.compensate and tokens < _AMPLE * widest:
+        samples = math.ceil(_AMPLE * widest / text.length)
+        lines.append(
+            f"{where}: {tokens} calibration tokens are fewer than {_AMPLE} for each of {widest} inputs, so solved weights "
+            f"are held back; use samples: {samples} or more"
+        )
     if dims == body.dims:
         lines.append(f"{where}: nothing is removed: the model is no larger than wanted as it is")
     if dims.hidden != body.dims.hidden and is_tied(body.shapes, find_modules(body.shapes)) and spec.compensate:
