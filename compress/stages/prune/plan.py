@@ -297,8 +297,8 @@ def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, setting: Setting) -
     if spec.compensate and tokens < _AMPLE * widest:
         samples = math.ceil(_AMPLE * widest / text.length)
         lines.append(
-            f"{where}: {tokens} calibration tokens are fewer than {_AMPLE} for each of {widest} inputs, so solved weights "
-            f"are held back; use samples: {samples} or more"
+            f"{where}: {tokens} calibration tokens are fewer than {_AMPLE} for each of {widest} inputs, so solved "
+            f"weights are held back; use samples: {samples} or more"
         )
     if dims == body.dims:
         lines.append(f"{where}: nothing is removed: the model is no larger than wanted as it is")
