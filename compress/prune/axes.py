@@ -76,6 +76,18 @@ class Dims:
         sizes["kv"] = self.kv_heads * self.head_dim
         return sum(sizes[part] for part in parts)
 
+    def shape_of(self, parts: Sequence[Parts], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a tensor whose dimensions have these parts; those without any stay as in `shape`."""
+        return tuple(self.length(p) if p else n for p, n in zip(parts, shape, strict=True))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By their names in config.json."""
+        return {
+            "num_hidden_layers": self.layers, "hidden_size": self.hidden, "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+        }  # fmt: skip
+
     def of_axis(self, axis: str) -> int:
         """What an axis of the recipe counts."""
         return {"ffn": self.ffn, "heads": self.heads, "hidden": self.hidden, "layers": self.layers}[axis]
@@ -103,17 +115,15 @@ class Anatomy:
 
     def count(self, dims: Dims) -> tuple[int, int]:
         """Parameters of such a shape: all, and those of its layers."""
-        layers = dims.layers * sum(_size(*each, dims) for each in self.layer.values())
-        return layers + self.fixed + sum(_size(*each, dims) for each in self.outer.values()), layers
+        inside, outside = (
+            sum(math.prod(dims.shape_of(*e)) for e in part.values()) for part in (self.layer, self.outer)
+        )
+        return dims.layers * inside + self.fixed + outside, dims.layers * inside
 
     @cached_property
     def total(self) -> tuple[int, int]:
         """Parameters as they are: all, and those of the layers."""
         return self.count(self.dims)
-
-    def tensor_shape(self, parts: Sequence[Parts], shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """Of a tensor with these parts in the smaller model."""
-        return tuple(dims.length(p) if p else n for p, n in zip(parts, shape, strict=True))
 
     def refusal(self, dims: Dims) -> str | None:
         """Why loaders refuse such a shape, or None."""
@@ -127,10 +137,6 @@ class Anatomy:
                 f"transformers wants hidden_size ({dims.hidden}) to be a multiple of num_attention_heads ({dims.heads})"
             )
         return None
-
-
-def _size(parts: Sequence[Parts], shape: tuple[int, ...], dims: Dims) -> int:
-    return math.prod(dims.length(p) if p else n for p, n in zip(parts, shape, strict=True))
 
 
 def anatomy(shapes: Shapes) -> Anatomy:

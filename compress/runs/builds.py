@@ -11,12 +11,11 @@ def check_planned(planned: RunPlan) -> None:
     Raises:
         RecipeError: what transformers refuses, with its reason and what to do.
     """
-    for plan in planned.stages:
-        if plan.builds is None or plan.shapes is None:
+    for number, plan in enumerate(planned.stages):
+        if not plan.builds or plan.shapes is None:
             continue
         shapes = {name: info.shape for name, info in plan.shapes.tensors.items()}
         try:
             check_builds(plan.shapes.config, shapes)
         except ModelError as error:
-            where, _, remedy = plan.builds.partition(": ")
-            raise RecipeError([f"{where}: {error}; {remedy}"]) from error
+            raise RecipeError([f"stages.{number}: {error}; choose another shape"]) from error

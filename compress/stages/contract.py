@@ -50,7 +50,7 @@ class Plan:
         splits: whether several processes can share the work.
         generates: whether transformers alone opens the result, so that it can be asked to continue prompts.
         spec: the stage with what follows from the model filled in, which is what runs; None: as it was.
-        builds: what to do where transformers does not build the model of these shapes; None: there is nothing to try.
+        builds: whether the shapes are new, so that it has to be tried whether transformers builds such a model.
     """
 
     shapes: Shapes | None
@@ -61,7 +61,7 @@ class Plan:
     splits: bool = False
     generates: bool = True
     spec: StageSpec | None = None
-    builds: str | None = None
+    builds: bool = False
 
 
 @dataclass(frozen=True)

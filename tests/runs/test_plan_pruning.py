@@ -137,14 +137,14 @@ def test_a_shape_that_transformers_refuses_is_said_before_the_run() -> None:
     recipe = Recipe.model_validate(
         {"name": "r", "model": "m", "output": "o", "stages": [{"kind": "prune", "shape": {"num_key_value_heads": 3}}]}
     )
-    stages = [Plan(shapes, builds="stages.0: choose another shape")]
+    stages = [Plan(shapes, builds=True)]
     with pytest.raises(RecipeError) as caught:
         check_planned(RunPlan(recipe, None, text, 32, stages, []))
     (problem,) = caught.value.problems
     assert problem.startswith("stages.0: transformers cannot build this model: ")
     assert "(256) is not a multiple of the number of attention heads (6)" in problem
     assert problem.endswith("; choose another shape") and "/tmp" not in problem
-    check_planned(RunPlan(recipe, None, text, 32, [replace(stages[0], builds=None)], []))
+    check_planned(RunPlan(recipe, None, text, 32, [replace(stages[0], builds=False)], []))
 
 
 def test_what_becomes_of_a_pattern_is_said(tmp_path: Path) -> None:

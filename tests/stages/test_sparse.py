@@ -1,7 +1,6 @@
 """Single weights that become zero, from a checkpoint to a checkpoint, alone and while they are quantized."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from quantized import opens
+from quantized import Stops, opens
 from quantized import quantize as run_quantize
 from random_models import make_model, random_tokens
 from safetensors.torch import load_file
@@ -31,7 +30,7 @@ from compress.stages.prune.plan import plan
 from compress.stages.prune.run import run
 from compress.stages.prune.sparse import check_not_sparse
 from compress.stages.quantize import solve as solve_module
-from compress.system.progress import Advance, Reporter
+from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
 SETTING = Setting("stages.0", CalibrationSpec(source="x.txt", samples=8, sequence_length=24))
@@ -48,23 +47,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers of widths 64 and 128, with biases."""
     sizes = {"intermediate_size": 128, "num_hidden_layers": 3, "attention_bias": True}
     return make_model(tmp_path_factory.mktemp("model") / "dense", **sizes)
-
-
-class Stops(Reporter):
-    """Interrupts when a number of layers are done."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(quiet=True)
-        self.left = after
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        yield self._advance
-
-    def _advance(self) -> None:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
 
 
 def context(dtype: torch.dtype = torch.bfloat16, sequences: int = 48) -> Context:

@@ -34,7 +34,7 @@ def stop_after(
 ) -> None:
     """Run the stage and interrupt it, as Ctrl-C does, when `layers` of its layers are done."""
     with pytest.raises(KeyboardInterrupt):
-        run(spec, parent, output, replace(context, reporter=_Stops(layers)))
+        run(spec, parent, output, replace(context, reporter=Stops(layers)))
 
 
 def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -44,7 +44,7 @@ def opens(written: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return stock.eval()
 
 
-class _Stops(Reporter):
+class Stops(Reporter):
     """Interrupts a task when a number of its units are done."""
 
     def __init__(self, after: int) -> None:

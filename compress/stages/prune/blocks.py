@@ -24,7 +24,7 @@ _TOKENS = 8192  # that the blocks are compared on
 
 
 @torch.no_grad()
-def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Context, folder: Path, room: float) -> int:
+def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Context, shared: Path, room: float) -> int:
     """The first layer of the block to remove.
 
     Args:
@@ -32,10 +32,9 @@ def choose_block(spec: PruneStage, parent: Checkpoint, size: int, context: Conte
         parent: the model.
         size: layers to remove.
         context: device, calibration tokens, progress.
-        folder: where the figures are kept.
+        shared: folder where the figures are kept.
         room: bytes that activations may take.
     """
-    shared = folder if context.shared is None else context.shared
     first = 1 if spec.compensate else 0  # what stays in front of the block makes up for it
     file = shared / f"block-{spec.block}-{size}-from-{first}-v{CODE_VERSION}.json"
     with alone(shared, context):

@@ -61,7 +61,7 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
         lines=_lines(spec, body, chosen, shapes, setting),
         disk_bytes=2 * len(chosen) * after.bytes,
         spec=resolved(spec, chosen),
-        builds=f"{where}: choose another shape",
+        builds=True,
     )
 
 
@@ -97,10 +97,7 @@ def _group(stage: StageSpec) -> int:
 def dims_of(shape: Shape, body: Anatomy, where: str, multiples: dict[str, int]) -> Dims | str:
     """The sizes that a recipe gives, or why they can't be."""
     whole, sizes = body.dims, shape.sizes
-    before = {
-        "intermediate_size": whole.ffn, "num_attention_heads": whole.heads, "num_key_value_heads": whole.kv_heads,
-        "hidden_size": whole.hidden, "num_hidden_layers": whole.layers,
-    }  # fmt: skip
+    before = whole.sizes
     more = next((key for key in sizes if sizes[key] > before[key]), None)
     if more is not None:
         return f"{where}.shape.{more}: {sizes[more]} is more than the model's {before[more]}; pruning only removes"
@@ -165,11 +162,14 @@ def _within_bytes(
     assert spec.target is not None and spec.target.bytes is not None, "the target is in bytes"
     wanted, where, said = spec.target.bytes, setting.where, f"bytes: {size(spec.target.bytes)}"
     exact = cache(partial(_final_bytes, body, setting))
-    line = search(body, spec.over, multiples, 0.0, lambda dims: body.count(dims)[0], at_most=False).nearest
-    half = search(
-        body, spec.over, multiples, (body.count(line)[0] + body.total[0]) / 2, lambda dims: body.count(dims)[0], False
-    ).nearest
-    each = _bytes_each(body, exact, half, line)
+
+    def parameters(dims: Dims) -> float:
+        return body.count(dims)[0]
+
+    least = search(body, spec.over, multiples, 0.0, parameters, at_most=False).nearest
+    middle = (parameters(least) + body.total[0]) / 2
+    half = search(body, spec.over, multiples, middle, parameters, at_most=False).nearest
+    each = _bytes_each(body, exact, half, least)
     if each is None:
         axes = ", ".join(spec.over)
         return [], [f"{where}.target.{said} is reached by no shape over {axes} that the stages behind it can work on"]
@@ -183,7 +183,7 @@ def _within_bytes(
         best = [dims for dims in found.best if exact(dims) <= wanted]
         if best:
             return best[: _COMPARED if spec.allocate == "auto" else 1], []
-    smallest = found.nearest if math.isfinite(exact(found.nearest)) else line
+    smallest = found.nearest if math.isfinite(exact(found.nearest)) else least
     return [], [_not_reached(spec, body, smallest, said, size(exact(smallest)), where)]
 
 
@@ -249,7 +249,7 @@ def planned_shapes(body: Anatomy, dims: Dims) -> PlannedShapes:
             parts = body.layer[local]
         elif name == tied:
             continue
-        shape = body.tensor_shape(parts[0], parts[1], dims) if parts[0] else info.shape
+        shape = dims.shape_of(parts[0], parts[1]) if parts[0] else info.shape
         width = info.bytes // max(1, math.prod(info.shape))
         tensors[name] = replace(info, shape=shape, bytes=width * math.prod(shape))
     config = smaller_config(body, dims, range(dims.layers))
@@ -259,13 +259,7 @@ def planned_shapes(body: Anatomy, dims: Dims) -> PlannedShapes:
 
 def resolved(spec: PruneStage, chosen: Sequence[Dims]) -> PruneStage:
     """The stage with its shape filled in, so that what runs hangs on nothing else."""
-    shapes = [
-        Shape(
-            intermediate_size=dims.ffn, num_attention_heads=dims.heads, num_key_value_heads=dims.kv_heads,
-            hidden_size=dims.hidden, num_hidden_layers=dims.layers,
-        )
-        for dims in chosen
-    ]  # fmt: skip
+    shapes = [Shape(**dims.sizes) for dims in chosen]
     shape = shapes if len(shapes) > 1 else shapes[0]
     update = {"target": None, "shape": shape, "axes": spec.over, "multiple_of": None, "allocate": "even"}
     return spec.model_copy(update=update | {"importance": spec.ranking})
@@ -273,12 +267,7 @@ def resolved(spec: PruneStage, chosen: Sequence[Dims]) -> PruneStage:
 
 def words(dims: Dims, before: Dims) -> str:
     """The sizes that differ, in config.json's words."""
-    pairs = [
-        ("num_hidden_layers", before.layers, dims.layers), ("hidden_size", before.hidden, dims.hidden),
-        ("intermediate_size", before.ffn, dims.ffn), ("num_attention_heads", before.heads, dims.heads),
-        ("num_key_value_heads", before.kv_heads, dims.kv_heads),
-    ]  # fmt: skip
-    return ", ".join(f"{key} {was} -> {now}" for key, was, now in pairs if was != now)
+    return ", ".join(f"{key} {was} -> {dims.sizes[key]}" for key, was in before.sizes.items() if was != dims.sizes[key])
 
 
 def shares(body: Anatomy, dims: Dims) -> str:

@@ -88,9 +88,10 @@ class Pruning(LayerTransform):
         self.kl: float | None = None
         room = self._room()
         gone = body.dims.layers - dims.layers
-        first = choose_block(spec, parent, gone, context, output / "scores", room) if gone else 0
+        shared = context.shared or output / "scores"
+        first = choose_block(spec, parent, gone, context, shared, room) if gone else 0
         self.layers = layers_without(body.dims.layers, first, gone)
-        self.scores = Scores(spec, parent, body, context, output / "scores", room)
+        self.scores = Scores(spec, parent, body, context, shared, room)
         if replace(dims, layers=body.dims.layers) != body.dims:
             self.scores.find()
         self.hidden = self.scores.hidden(dims.hidden, self.layers)
@@ -229,7 +230,8 @@ class Pruning(LayerTransform):
         """
         known = [name for name in group if f"{name}.weight" in self.body.layer]
         readers = [name for name in known if self._parts(name)[1] == ("hidden",)]
-        alone = {name: self._fit(layer, name) for name in known if name not in readers}
+        kept = {name: layer.pieces[f"{name}.weight"] for name in known}
+        alone = {name: WriterFit(kept[name], self._rows(layer, name)) for name in known if name not in readers}
         last = any(self._parts(name)[1] == ("ffn",) for name in alone)
         together, share = ReaderFit(), _DRIFT if self.hidden is None else 1.0
         for number, (batch, beside) in enumerate(pairs if known else ()):
@@ -243,10 +245,9 @@ class Pruning(LayerTransform):
                 fit.add(batch, beside.original, narrow if writes else None, target)
             if readers:
                 together.add(batch, beside.original)
-        found = {name: fit.solve(self._damp(layer, name)) for name, fit in alone.items()}
+        found = {name: fit.solve(self._damp(kept[name])) for name, fit in alone.items()}
         for name in readers:
-            weight = layer.pieces[f"{name}.weight"]
-            found[name] = together.solve(weight, self._rows(layer, name), self._damp(layer, name), share)
+            found[name] = together.solve(kept[name], self._rows(layer, name), self._damp(kept[name]), share)
         return found
 
     def _end(self, layer: _Layer, name: str, number: int) -> Tensor | None:
@@ -256,13 +257,11 @@ class Pruning(LayerTransform):
         end, bias = self._narrow(layer.ends.get(number)), layer.pieces.get(f"{name}.bias")
         return end if bias is None else end - bias.to(end)
 
-    def _damp(self, layer: _Layer, name: str) -> float:
+    def _damp(self, weight: Tensor) -> float:
+        """What holds the weights of a linear [O, I] back when they are solved."""
         tokens = self.context.tokens
         assert tokens is not None, "compensation calibrates"
-        return damping(tokens.count, layer.pieces[f"{name}.weight"].shape[1], self.spec.damp)
-
-    def _fit(self, layer: _Layer, name: str) -> WriterFit:
-        return WriterFit(layer.pieces[f"{name}.weight"], self._rows(layer, name))
+        return damping(tokens.count, weight.shape[1], self.spec.damp)
 
     def _parts(self, name: str) -> Sequence[Parts]:
         return self.body.layer[f"{name}.weight"][0]
@@ -287,12 +286,10 @@ class Pruning(LayerTransform):
     ) -> tuple[dict[str, Tensor], Sequence[records.AnyModule]]:
         """Embeddings, last norm and head, cut; a head of its own is solved anew where the states are narrower."""
         if calibration is not None and self.reference is not None:
+            if self.hidden is not None and not is_tied(self.parent, self.smaller.modules):
+                self._solve_head(tensors, calibration, self.reference.activations)
             with self.stream.outer(), self.original.outer():
-                if self.hidden is not None and not is_tied(self.parent, self.smaller.modules):
-                    self._solve_head(tensors, calibration, self.reference.activations)
-            with self.stream.outer(), self.original.outer():
-                pair = (self.original, self.reference.activations), (self.stream, calibration)
-                self.kl = divergence(*pair)
+                self.kl = divergence((self.original, self.reference.activations), (self.stream, calibration))
         self.original.close()
         inside = self.smaller.modules.layers + "."
         return self.smaller.load([name for name in self.smaller.tensors if not name.startswith(inside)]), []
@@ -300,12 +297,11 @@ class Pruning(LayerTransform):
     def _solve_head(self, tensors: Mapping[str, Tensor], states: Activations, originals: Activations) -> None:
         """Solve the output head for the original's logits."""
         name, fit = f"{self.smaller.modules.head}.weight", ReaderFit()
-        for state, original in zip(states, originals, strict=True):
-            fit.add(self.stream.head_inputs(state), self.original.head_inputs(original))
+        with self.stream.outer(), self.original.outer():
+            for state, original in zip(states, originals, strict=True):
+                fit.add(self.stream.head_inputs(state), self.original.head_inputs(original))
         kept = self.smaller.load([name], self.context.device)[name]
-        assert self.context.tokens is not None, "compensation calibrates"
-        damp = damping(self.context.tokens.count, kept.shape[1], self.spec.damp)
-        refit = fit.solve(kept, tensors[name].to(self.context.device), damp)
+        refit = fit.solve(kept, tensors[name].to(self.context.device), self._damp(kept))
         self.smaller.changed[name] = refit.weight.to(kept.dtype).cpu()
 
     def config(self) -> dict[str, Any]:
@@ -317,14 +313,7 @@ class Pruning(LayerTransform):
         before, after = self.body.dims, self.dims
         (total, inside), (left, left_inside) = self.body.total, self.body.count(after)
         return records.Pruned(
-            before=_sizes(before), after=_sizes(after), parameters_before=total, parameters=left,
+            before=before.sizes, after=after.sizes, parameters_before=total, parameters=left,
             share=1 - left / total, share_of_layers=1 - left_inside / inside,
             removed_layers=sorted(set(range(before.layers)) - set(self.layers)), calibration_kl=self.kl,
         )  # fmt: skip
-
-
-def _sizes(dims: Dims) -> dict[str, int]:
-    return {
-        "hidden_size": dims.hidden, "intermediate_size": dims.ffn, "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.kv_heads, "num_hidden_layers": dims.layers,
-    }  # fmt: skip

@@ -46,16 +46,15 @@ class Scores:
         parent: the model.
         body: its anatomy.
         context: device, calibration tokens, progress.
-        folder: where the orders are kept.
+        shared: folder where the orders are kept.
         room: bytes that activations may take.
     """
 
     def __init__(
-        self, spec: PruneStage, parent: Checkpoint, body: Anatomy, context: Context, folder: Path, room: float
+        self, spec: PruneStage, parent: Checkpoint, body: Anatomy, context: Context, shared: Path, room: float
     ) -> None:
         self.spec, self.parent, self.body, self.context, self.room = spec, parent, body, context, room
         self.ranking = spec.ranking
-        shared = folder if context.shared is None else context.shared
         more = f"-{spec.damp:g}" if self.ranking == "greedy" else ""
         self._reads = self.ranking != "magnitude" or "hidden" in spec.over  # whose norms are scaled by what they read
         if self.ranking == "magnitude" and self._reads:
