@@ -45,22 +45,18 @@ class _Layer:
 
     Args:
         index: of the smaller model's layer.
-        own: of the original's.
         prefix: of the smaller layer's names.
         whole: the original's tensors, by local names.
         pieces: what is kept of them.
         kept: which entries that is.
-        ends: what the states should be behind it, where layers behind it are gone.
         middle: the original's states behind the attention, batch by batch, where they are wanted.
     """
 
     index: int
-    own: int
     prefix: str
     whole: Mapping[str, Tensor]
     pieces: dict[str, Tensor]
     kept: Kept
-    ends: Activations | None = None
     middle: list[Tensor] | None = None
     place: torch.device | None = None  # of states between layers: the host's memory where the device's is short
 
@@ -127,12 +123,7 @@ class Pruning(LayerTransform):
             return
         with self.original.outer():
             states = self.original.start(self.context.calibration()), self.original.start(self.context.probe)
-        self.reference = ReferenceModel(self.original, *states)
-
-    def _followers(self, index: int) -> list[int]:
-        """The original's layers behind one of its own that are gone."""
-        after = self.layers[index + 1] if index + 1 < len(self.layers) else self.body.dims.layers
-        return list(range(self.layers[index] + 1, after))
+        self.reference = ReferenceModel(self.original, *states, self.layers)
 
     def load(self, stream: LayerStream, index: int) -> dict[str, Tensor]:
         """The original's layer, by local names."""
@@ -152,7 +143,7 @@ class Pruning(LayerTransform):
         pieces = cut_all(tensors, self.body.layer, kept)
         for name, ratio in self.scores.ratios(own, self.hidden).items():
             pieces[name] = scaled_norm(pieces[name], ratio, self.smaller.offset)
-        layer = _Layer(index, own, prefix, tensors, pieces, kept)
+        layer = _Layer(index, prefix, tensors, pieces, kept)
         self._fill(layer, pieces)
         if calibration is None or self.reference is None:
             return self._named(layer), []
@@ -168,27 +159,23 @@ class Pruning(LayerTransform):
         self, layer: _Layer, calibration: Activations, reference: ReferenceModel
     ) -> tuple[dict[str, Tensor], Sequence[records.AnyModule]]:
         """Solve a filled layer's weights, and run both models through it."""
-        index, own = layer.index, layer.own
-        followers = self._followers(index)
-        layer.ends = reference.ahead([own, *followers]) if followers else None
+        index, gone = layer.index, reference.gone(layer.index)
         trains = self.spec.reconstruct == "submodule"
         layer.middle, layer.place = [] if trains else None, calibration.hidden[0].device
         states = calibration.copy() if trains else calibration
-        whole = {self.original.prefix(own) + name: tensor for name, tensor in layer.whole.items()}
+        whole = {reference.prefix(index) + name: tensor for name, tensor in layer.whole.items()}
         solved: dict[str, Refit] = {}
         mapped = False
-        for group, pairs, writing in reference.beside(self.stream, index, states, whole, own):
-            found = self._solve(layer, group, pairs, writing)
+        for group, pairs, writing in reference.beside(self.stream, index, states, whole):
+            found = self._solve(layer, reference, group, pairs, writing)
             changed = {f"{n}.weight": r.weight.to(layer.pieces[f"{n}.weight"].dtype) for n, r in found.items()}
             layer.pieces |= changed
             self._fill(layer, changed)
             solved |= found
             mapped |= bool(writing & {name for name in found if self._parts(name)[1] == ("ffn",)})
-        for each in followers:
-            reference.run(each, self.original.load_layer(each))
-        if followers and not mapped:
+        if gone and not mapped:
             self.context.reporter.warn(
-                f"layers {', '.join(map(str, followers))}: removed, and nothing makes up for them: what layer {own} "
+                f"layers {', '.join(map(str, gone))}: removed, and nothing makes up for them: what layer {gone[0] - 1} "
                 "puts out is not added to the states as it is (a norm behind it, or attention beside it)"
             )
         rows = [self._described(layer, name, refit) for name, refit in solved.items()]
@@ -219,11 +206,14 @@ class Pruning(LayerTransform):
             error_cut=refit.before,
         )  # fmt: skip
 
-    def _solve(self, layer: _Layer, group: Group, pairs: Iterable[Pair], writing: Collection[str]) -> dict[str, Refit]:
+    def _solve(
+        self, layer: _Layer, reference: ReferenceModel, group: Group, pairs: Iterable[Pair], writing: Collection[str]
+    ) -> dict[str, Refit]:
         """Solve the linears of a group for what the original's put out.
 
         Args:
             layer: theirs.
+            reference: the original model, in front of them.
             group: local names of linears that share their input.
             pairs: for each batch, their input and what the original model has in front of them.
             writing: those whose output is added to the residual stream.
@@ -241,7 +231,8 @@ class Pruning(LayerTransform):
                 layer.middle.append(narrow[1].to(layer.place))
             for name, fit in alone.items():
                 writes = name in writing
-                target = self._end(layer, name, number) if writes and last else None
+                end = reference.end(number, layer.whole.get(f"{name}.bias")) if writes and last else None
+                target = None if end is None else self._narrow(end)
                 fit.add(batch, beside.original, narrow if writes else None, target)
             if readers:
                 together.add(batch, beside.original)
@@ -249,13 +240,6 @@ class Pruning(LayerTransform):
         for name in readers:
             found[name] = together.solve(kept[name], self._rows(layer, name), self._damp(kept[name]), share)
         return found
-
-    def _end(self, layer: _Layer, name: str, number: int) -> Tensor | None:
-        """What a layer's last linear and the states before it should add up to, where layers behind it are gone."""
-        if layer.ends is None:
-            return None
-        end, bias = self._narrow(layer.ends.get(number)), layer.pieces.get(f"{name}.bias")
-        return end if bias is None else end - bias.to(end)
 
     def _damp(self, weight: Tensor) -> float:
         """What holds the weights of a linear [O, I] back when they are solved."""
@@ -277,8 +261,7 @@ class Pruning(LayerTransform):
     def restore(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A finished layer as it was written; the original model goes on too."""
         if self.reference is not None:
-            for each in (self.layers[index], *self._followers(index)):
-                self.reference.run(each, self.original.load_layer(each))
+            self.reference.run(index, self.reference.load(index))
         return dict(tensors)
 
     def after_layers(

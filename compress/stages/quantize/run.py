@@ -22,7 +22,7 @@ from compress.loop.groups import Group
 from compress.loop.interleave import Arrival, Passes
 from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
-from compress.model.arch import ATTENDED, depth_of
+from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules, has_own_head, is_tied, model_dtype
 from compress.prune.axes import LINEARS
@@ -101,7 +101,6 @@ class _Layer:
         received: attention that each token receives, [B, S] a batch; None where it does not count.
         solved: what its linears have become so far.
         original: tensors of the layer that it was in the model that is aimed at.
-        ends: the states that should be behind it, where layers behind it are gone.
     """
 
     index: int
@@ -110,7 +109,6 @@ class _Layer:
     received: list[Tensor] | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
     original: dict[str, Tensor] = field(default_factory=dict)
-    ends: Activations | None = None
 
 
 class _Quantization(LayerTransform):
@@ -188,18 +186,17 @@ class _Quantization(LayerTransform):
             return
         with stream.outer():
             tokens = context.calibration()
-            self.reference = ReferenceModel(stream, stream.start(tokens), stream.start(context.probe))
-        if self.original is not None:
-            for own in range(self._originals(0)[0]):  # in front of the first that is left
-                self.reference.run(own, stream.load_layer(own))
+            states = stream.start(tokens), stream.start(context.probe)
+        layers = None if self.original is None else context.layers
+        self.reference = ReferenceModel(stream, *states, layers)
 
     def restore(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a finished layer, dequantized; the original model goes through the layer too."""
         if self.inputs is not None:
             self.inputs.restore(self.stream.prefix(index), tensors)
         if self.reference is not None:
-            for own in self._originals(index):
-                self.reference.run(own, self._original_layer(own))
+            source = self.stream.load_layer if self.original is None else self.reference.load
+            self.reference.run(index, source(index))
         dense: dict[str, Tensor] = {}
         packed: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -228,31 +225,15 @@ class _Quantization(LayerTransform):
             if self.spec.weight_rounding == "gptq" and any(map(self._is_attended, self._inside(layer))):
                 layer.received = received_attention(stream, index, calibration)
             if self.reference is not None:
-                own, *gone = self._originals(index)
-                layer.original = tensors if self.original is None else self._original_layer(own)
-                layer.ends = self.reference.ahead([own, *gone]) if gone else None
-                for group, pairs, writing in self.reference.beside(stream, index, calibration, layer.original, own):
+                layer.original = tensors if self.original is None else self.reference.load(index)
+                for group, pairs, writing in self.reference.beside(stream, index, calibration, layer.original):
                     self._solve(layer, group, pairs, writing)
-                for each in gone:
-                    self.reference.run(each, self._original_layer(each))
             else:
                 for group, arrivals in stream.steps(index, calibration):
                     self._solve(layer, group, Passes(partial(map, _alone, arrivals)))
         modules = [each.module for each in layer.solved.values()]  # in the order in which they are used
         scales = {} if self.inputs is None else self.inputs.tensors(index, layer.solved)
         return self._packed(tensors, layer.solved) | scales, modules
-
-    def _originals(self, index: int) -> list[int]:
-        """The original's layer that a layer was, and those behind it that are gone."""
-        layers = self.context.layers if self.original is not None else None
-        if layers is None or self.original is None:
-            return [index]
-        after = layers[index + 1] if index + 1 < len(layers) else depth_of(self.original.config) or len(layers)
-        return list(range(layers[index], after))
-
-    def _original_layer(self, own: int) -> dict[str, Tensor]:
-        assert self.reference is not None, "there is an original where it is asked for"
-        return (self.stream if self.original is None else self.reference.stream).load_layer(own)
 
     def _inside(self, layer: _Layer) -> list[str]:
         return [name for name in self.matrices if name.startswith(layer.prefix)]
@@ -303,19 +284,13 @@ class _Quantization(LayerTransform):
             for kind, (hessian, propagated) in sums.items():
                 weight = layer.received[number] if kind.weighted and layer.received is not None else None
                 hessian.add(batch if kind.rounding is None else kind.rounding(batch), weight)
-                if beside is not None:
-                    ends = layer.ends is not None and kind.writer.endswith(_LAST)
-                    target = self._end(layer, kind.writer, number) if ends else None
+                if beside is not None and self.reference is not None:
+                    target = None
+                    if kind.writer.endswith(_LAST):
+                        target = self.reference.end(number, layer.tensors.get(f"{kind.writer}.bias"))
                     propagated.add(batch, beside.original, weight, beside.residual, target)
         for kind, members in alike.items():
             yield sums.pop(kind), members
-
-    def _end(self, layer: _Layer, writer: str, number: int) -> Tensor | None:
-        """What a layer's last linear and the states before it should add up to, where layers behind it are gone."""
-        if layer.ends is None:
-            return None
-        end, bias = layer.ends.get(number), layer.tensors.get(f"{writer}.bias")
-        return end if bias is None else end - bias.to(end)
 
     def _propagated(self, layer: _Layer, writer: str) -> PropagatedError:
         """For a linear that writes to the residual stream, or for others ("")."""
@@ -324,8 +299,12 @@ class _Quantization(LayerTransform):
         weight = layer.tensors[f"{writer}.weight"]
         if self.original is None:
             return PropagatedError(weight)
-        own = self.reference.stream.prefix(self._originals(layer.index)[0]) if self.reference else ""
-        return PropagatedError(weight, layer.original[f"{own}{writer.removeprefix(layer.prefix)}.weight"])
+        return PropagatedError(weight, layer.original[f"{self._original_name(layer, writer)}.weight"])
+
+    def _original_name(self, layer: _Layer, name: str) -> str:
+        """A linear's name in the model that is aimed at."""
+        assert self.reference is not None, "there is a model to aim at"
+        return self.reference.prefix(layer.index) + name.removeprefix(layer.prefix)
 
     def _packed(self, raw: Mapping[str, Tensor], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
         """Tensors to write: packed modules in place of their weights, the rest as it was stored."""
