@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 import compress
 from compress.errors import DscompressError, RecipeError, UserError
-from compress.system import distributed, interrupts
+from compress.system import distributed, interrupts, launcher
 from compress.system.units import parse_size
 
 if TYPE_CHECKING:
@@ -121,25 +121,31 @@ def run(
     nproc: Annotated[
         int, typer.Option("--nproc", min=1, metavar="N", help="Processes to share the work, each with its own GPU.")
     ] = 1,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", min=1, metavar="M", help="Hosts to share it, each with --nproc processes.")
+    ] = 1,
+    rdzv: Annotated[
+        str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where they meet: a free port of one of them.")
+    ] = None,
     quiet: QuietOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries say, too.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a recipe: compress a model, verify the checkpoint, measure what it cost.
 
-    The same command continues a run that was stopped, and repeats nothing that is finished. Across machines that share
-    a disk, start it with torchrun: torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:PORT
-    -m compress.cli run RECIPE
+    The same command continues a run that was stopped, and repeats nothing that is finished. Hosts that share a disk
+    share the work when it is started on each of them with the same --nnodes and --rdzv.
     """
     if max_memory is not None:  # a small memory has no room for gaps
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if nproc == 1 and not dry_run:
+    launches = not dry_run and (nproc > 1 or nnodes > 1 or bool(rdzv))
+    if not launches and not dry_run:
         device = distributed.join(device)
     loaded = _load(recipe, overrides, model, output)
     work = work_dir.absolute() if work_dir else None
-    if nproc > 1 and not dry_run:
-        raise typer.Exit(distributed.launch(nproc, device, sys.argv[1:]))
     reporter = _reporter(quiet, verbose)
+    if launches:
+        raise typer.Exit(launcher.launch(nproc, device, sys.argv[1:], reporter.say, nnodes, rdzv))
     if dry_run:
         _print_plan(loaded, work, reporter)
         return
@@ -167,11 +173,12 @@ def validate(
     debug: DebugOption = False,
 ) -> None:
     """Check a recipe, and that it fits the model where that is a folder here; nothing is computed or written."""
-    from compress.runs.plan import plan_run
+    from compress.runs.plan import other_models, plan_run
 
     loaded = _load(recipe, overrides, model, output)
     folder = Path(loaded.model)
-    planned = plan_run(loaded, folder if folder.is_dir() else None)
+    models = {name: Path(name) for name in other_models(loaded) if Path(name).is_dir()}
+    planned = plan_run(loaded, folder if folder.is_dir() else None, models)
     reporter = _reporter(False, False)
     for line in planned.warnings:
         reporter.warn(line)
@@ -303,13 +310,14 @@ def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -
     """What a run would do; nothing is computed or written but a GGUF file's copy in the work folder."""
     from compress.model.source import resolve_model
     from compress.runs.artefact import check_output, check_work, work_folder
-    from compress.runs.plan import plan_run
+    from compress.runs.plan import other_models, plan_run
 
     output = Path(recipe.output)
     check_output(output)
     work = work_folder(output, work_dir)
     check_work(work, output, recipe.model)
-    planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say))
+    models = {name: resolve_model(name, None, work, reporter.say) for name in other_models(recipe)}
+    planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say), models)
     for line in planned.warnings:
         reporter.warn(line)
     if any(plan.builds for plan in planned.stages):

@@ -163,6 +163,48 @@ class Pruned(_Typed):
     tried: dict[str, float] = {}
 
 
+class TrainedText(_Typed):
+    """A text that was trained on: `tokens` of it are different ones, `passes` is how often they were gone through."""
+
+    name: str
+    licence: str | None = None
+    tokens: Count
+    passes: float
+
+
+class Trained(_Typed):
+    """What training did.
+
+    `loss` says what was minimised ("kl", "kl + 0.1 ce"), `losses` and `held_out` are (step, mean loss) pairs: of the
+    steps since the pair before, and on sequences that were not trained on (first of them: before training). `tokens`
+    counts all positions of all batches, `scored` those with a loss. `best_step` is whose weights were kept.
+    `rolled_back` lists the steps at which the loss broke out and training went back to an earlier state. `mfu` is the
+    share of the device's arithmetic that was used, teacher included; None where its peak is not known.
+    """
+
+    loss: str
+    teacher: str | None = None
+    tokens: Count
+    scored: Count
+    steps: Count
+    planned_steps: Count
+    batch_size: Count
+    sequence_length: Count
+    learning_rate: float
+    optimizer: str
+    trainable: Count
+    texts: list[TrainedText]
+    losses: list[tuple[int, float]] = []
+    held_out: list[tuple[int, float]] = []
+    best_step: Count | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    cached_bytes_per_token: float | None = None
+    rolled_back: list[int] = []
+    stopped: str | None = None
+    zeros_kept: Count = 0
+
+
 class Layer(_Typed):
     """One decoder layer; `layer` is None for what lies outside of the layers (head, embeddings)."""
 
@@ -175,7 +217,8 @@ class Stage(_Typed):
     """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states.
 
     `format` is that of the checkpoint it wrote (None for a dense one), `quantized_bits_per_weight` counts the quantized
-    matrices alone, their scales included.
+    matrices alone, their scales included. `parameters` and `bytes` are those of its checkpoint; `perplexity` and `kl`
+    (from the recipe's model) are measured like the report's own, where a recipe has several stages.
     """
 
     kind: str
@@ -189,6 +232,11 @@ class Stage(_Typed):
     resumed_layers: Count = 0
     layers: list[Layer] = []
     pruned: Pruned | None = None
+    trained: Trained | None = None
+    parameters: Count | None = None
+    bytes: Count | None = None
+    perplexity: float | None = None
+    kl: float | None = None
     format: str | None = None
     quantized_bits_per_weight: float | None = None
 

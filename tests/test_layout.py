@@ -128,7 +128,8 @@ def test_kernels_know_nothing_but_the_grid() -> None:
 
 def test_triton_is_imported_where_it_runs() -> None:
     """It exists for Linux alone, and only a GPU needs it."""
-    kernels = ("compress.kernels.columns", "compress.kernels.scales", "compress.kernels.solver")
+    names = ("columns", "divergence", "scales", "solver")
+    kernels = tuple(f"compress.kernels.{name}" for name in names)
     for module in MODULES:
         if not within(module, kernels):
             assert not {name for name in imports_at_start(module) if within(name, ("triton", *kernels))}, module

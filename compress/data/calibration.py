@@ -19,7 +19,7 @@ from compress.data.packing import collect_tokens, cut_sequences, text_prefix
 from compress.data.sources import is_plain_text, read_rows
 from compress.errors import CalibrationError
 from compress.recipe.load import load_evaluation_spec
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compress.data.assistant import REMEDY, Spans, assistant_spans
 from compress.data.conversations import PAIRS, is_blank, normalized, pair, undumped, variants
 from compress.data.guard import render
 from compress.data.sources import Row
@@ -36,10 +37,12 @@ class Document(NamedTuple):
     Args:
         text: never empty.
         add_special_tokens: False for a rendered conversation, whose template has written its own.
+        assistant: start and end of what the assistant says, in characters, where the renderer was asked for it.
     """
 
     text: str
     add_special_tokens: bool
+    assistant: Spans | None = None
 
 
 def select(rows: Iterable[Row], field: str | None) -> Iterator[Record]:
@@ -133,10 +136,15 @@ class Renderer:
     A conversation goes through the tokenizer's chat template. A tokenizer without one (a base model's) gets the
     messages' contents separated by blank lines. A conversation that the template refuses, for instance for a system
     message that the model does not know, is left out. Both are said in `warnings`.
+
+    Args:
+        tokenizer: whose template it is.
+        assistant_only: find what the assistant says in every conversation.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, assistant_only: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._assistant_only = assistant_only
         self._conversations = 0
         self._refused = 0
         self._first_refusal = ""
@@ -155,7 +163,7 @@ class Renderer:
         """One document per record, in order, without those that are refused or blank.
 
         Raises:
-            CalibrationError: a message without a role.
+            CalibrationError: a message without a role, or what the assistant says can't be found.
         """
         for record in records:
             if isinstance(record.content, str):
@@ -165,17 +173,20 @@ class Renderer:
             # a lone surrogate (valid in JSON, not in Unicode) would stop the tokenizer
             text = document.text.encode("utf-8", "replace").decode()
             if text.strip():
-                yield Document(text, document.add_special_tokens)
+                yield document._replace(text=text)
 
     def _conversation(self, where: str, messages: list[dict[str, Any]]) -> Document:
         self._conversations += 1
         if not self._tokenizer.chat_template:
+            if self._assistant_only:
+                raise CalibrationError(f"{where}: a conversation, and this tokenizer has no chat template; {REMEDY}")
             contents = [message.get("content") for message in messages]
             return Document("\n\n".join(text for text in contents if isinstance(text, str)), add_special_tokens=True)
         reason = ""
         for variant, unwanted in variants(messages):
             try:
                 text = render(self._tokenizer, variant)
+                said = assistant_spans(self._tokenizer, variant, text) if self._assistant_only else None
             except CalibrationError as error:
                 raise CalibrationError(f"{where}: {error}") from error
             except Exception as error:  # a template is a program: it may raise anything
@@ -183,7 +194,7 @@ class Renderer:
                 continue
             printed = next((each for each in unwanted if each in text), None)
             if printed is None:
-                return Document(text, add_special_tokens=False)
+                return Document(text, add_special_tokens=False, assistant=said)
             reason = reason or f"it would print {printed:.60}"
         self._refused += 1
         self._first_refusal = self._first_refusal or f"{where}: {reason}"

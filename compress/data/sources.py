@@ -1,16 +1,17 @@
-"""Rows of text from wherever a spec points: a local file, or a dataset of the Hugging Face hub.
+"""Rows of text from wherever a spec points: a local file, a folder of them, or a dataset of the Hugging Face hub.
 
 Every source is read as a stream, so a 10 GB file needs no more memory than a small one. The exceptions, read
 whole, are an array in a .json file and a .parquet.gz (parquet needs random access).
 
-Left out on purpose: csv and tsv (no text corpus ships in them), zstd (one more dependency), folders and globs of
-files (a hub dataset or one file is what a report can name and a checksum can pin).
+Left out on purpose: csv and tsv (no text corpus ships in them), zstd (one more dependency), globs of files, and folders
+to calibrate on (a hub dataset or one file is what a report can name and a checksum can pin).
 """
 
 import difflib
 import gzip
 import io
 import json
+import random
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from compress.errors import CalibrationError
-from compress.recipe.schema import LOCAL_SUFFIXES, CalibrationSpec, is_local_source
-from compress.system.fingerprint import sha256
+from compress.recipe.text import LOCAL_SUFFIXES, SourceSpec, TrainingText, is_local_source
+from compress.system.fingerprint import content_digest, sha256
 
 ALLOWED = f"{', '.join(LOCAL_SUFFIXES)}, each also .gz"
 BLOCK_CHARACTERS = 8_192  # a .txt is cut after the first blank line past so many characters,
@@ -39,24 +40,74 @@ class Row(NamedTuple):
     value: object
 
 
-def read_rows(spec: CalibrationSpec, fields: Sequence[str], *, shuffle_shards: bool) -> Iterator[Row]:
-    """The rows of a spec's source, in the order of the file.
+def read_rows(spec: SourceSpec, fields: Sequence[str], *, shuffle_shards: bool) -> Iterator[Row]:
+    """The rows of a spec's source, in the order of the file; of a folder, file by file in the order of their names.
 
     Args:
         spec: names the source; `sha256` is checked before anything is read.
         fields: columns that matter; a parquet file's others are not read.
-        shuffle_shards: visit the shards of a hub dataset in an order drawn from `spec.seed`.
+        shuffle_shards: visit the shards of a hub dataset, or a folder's files, in an order drawn from `spec.seed`.
 
     Raises:
         CalibrationError: while iterating, at the first row that can't be read.
     """
-    path = Path(spec.source).expanduser()
-    if not (is_local_source(spec.source) or path.exists()):
+    files = source_files(spec)
+    if files is None:
         yield from _hub_rows(spec, shuffle_shards=shuffle_shards)
         return
-    kind = _check_file(path)
+    if shuffle_shards:
+        random.Random(spec.seed).shuffle(files)
+    for file in files:
+        kind = _check_file(file)
+        if spec.sha256 is not None:
+            _check_sha256(file, spec.sha256)
+        yield from _file_rows(file, kind, fields)
+
+
+def source_files(spec: SourceSpec) -> list[Path] | None:
+    """The local files of a source, by name; None for a hub dataset. Only a training text may be a folder of several.
+
+    Raises:
+        CalibrationError: a folder without any, or one with a checksum, which is of one file.
+    """
+    path = Path(spec.source).expanduser()
+    if not (is_local_source(spec.source) or path.exists()):
+        return None
+    if not (isinstance(spec, TrainingText) and path.is_dir()):
+        return [path]
     if spec.sha256 is not None:
-        _check_sha256(path, spec.sha256)
+        raise CalibrationError(f"{path}: is a folder, and sha256 is of one file; remove sha256")
+    with _reading(path):
+        found = sorted(file for file in path.iterdir() if _is_text(file))
+    if not found:
+        raise CalibrationError(f"{path}: holds no text; put files into it ({ALLOWED})")
+    return found
+
+
+def source_identity(spec: SourceSpec) -> list[Any]:
+    """What tells a source from another: type and content of its files, wherever they lie, or the dataset's id.
+
+    Raises:
+        CalibrationError: a file that can't be read.
+    """
+    files = source_files(spec)
+    if files is None:
+        return [spec.source, spec.subset, spec.split, spec.revision]
+    identity = []
+    for file in files:
+        kind = _check_file(file)
+        with _reading(file):
+            identity.append([kind, file.suffix.lower() == ".gz", content_digest(file)])
+    return identity
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of a folder is part of its text: of a type that is read, and neither hidden nor empty."""
+    name = file.name.lower().removesuffix(".gz")
+    return name.endswith(LOCAL_SUFFIXES) and not name.startswith(".") and file.is_file() and file.stat().st_size > 0
+
+
+def _file_rows(path: Path, kind: str, fields: Sequence[str]) -> Iterator[Row]:
     if kind == ".parquet":
         yield from _parquet_rows(path, fields)
     elif kind == ".txt":
@@ -202,7 +253,7 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
             ) from error
 
 
-def _hub_rows(spec: CalibrationSpec, *, shuffle_shards: bool) -> Iterator[Row]:
+def _hub_rows(spec: SourceSpec, *, shuffle_shards: bool) -> Iterator[Row]:
     from datasets import load_dataset  # takes a second to import, and local files don't need it
     from datasets.exceptions import DatasetsError
 

@@ -1,7 +1,7 @@
 """What a run gives its stages: where to compute, what to calibrate on, whom to tell."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ class Context:
         layers: which of its layers each layer of the stage's parent was; None: all of them, in order.
         fresh: whether nothing that earlier runs have left there is used.
         shared: folder for what stages on the same model and text can share; None keeps nothing.
+        work: the work folder.
+        models: folders of other models that stages name, by what the recipe calls them.
+        tracked: what a tracker calls the run.
     """
 
     device: torch.device
@@ -44,6 +47,9 @@ class Context:
     layers: Sequence[int] | None = None
     fresh: bool = False
     shared: Path | None = None
+    work: Path | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
+    tracked: str = "dscompress"
 
     def calibration(self) -> Tensor:
         """This process's calibration sequences, [N, S]."""

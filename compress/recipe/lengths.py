@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from compress.recipe.load import is_bundled_spec, load_calibration_spec
-from compress.recipe.schema import DEFAULT_LENGTH, CalibrationSpec, Recipe
+from compress.recipe.schema import Recipe
+from compress.recipe.text import DEFAULT_LENGTH, CalibrationSpec
 
 
 def fitting_length(positions: int | None) -> int:

@@ -1,9 +1,9 @@
 """From a recipe's name or path to a checked Recipe: bundled files, `--set`, paths made absolute, files that exist.
 
 What is written in a file is relative to that file's folder; what is typed as an option, and what a bundled recipe
-says, is relative to the current folder. A Recipe that comes from here holds absolute paths only. `calibration` and
-`evaluate.text` stay the name of a bundled spec, or become the path of a file that has been found (and, if it is a
-spec, checked).
+says, is relative to the current folder. A Recipe that comes from here holds absolute paths only. `calibration`,
+`evaluate.text` and a stage's `data` stay the name of a bundled spec, or become the path of a file that has been found
+(and, if it is a spec, checked).
 
 Left out: whether a hub id exists, and what is inside model and text files. That is found where they are read.
 """
@@ -12,19 +12,22 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from compress.errors import RecipeError
 from compress.recipe.document import Document, Place
 from compress.recipe.messages import Location, did_you_mean, nearest, shown_path, shown_value
-from compress.recipe.schema import LOCAL_SUFFIXES, CalibrationSpec, Recipe, bundled_dir, is_local_source
+from compress.recipe.schema import Recipe, bundled_dir
+from compress.recipe.text import LOCAL_SUFFIXES, CalibrationSpec, SourceSpec, TrainingText, is_local_source
+from compress.recipe.train import BASE, Data
 
 YAML_SUFFIXES = (".yaml", ".yml")
 LOCAL_TYPES = f"{', '.join(LOCAL_SUFFIXES)}, each also .gz"
 COMMAND_LINE = 1 << 31
 _LONGEST_NAME, _LONGEST_PATH = 240, 3900  # a little less than systems allow: what is written has names of its own
+_SpecT = TypeVar("_SpecT", bound=SourceSpec)
 DEFAULT_CALIBRATION = str(Recipe.model_fields["calibration"].default)
 
 
@@ -60,10 +63,12 @@ def load_recipe(
     for key, value in (("model", model), ("output", output)):
         if value is not None:
             document.put(key, value, Place(COMMAND_LINE, f"--{key}", Path.cwd()))
-    _resolve_output(document, _resolve_model(document))
+    locations = [("model",), *_teachers_and_students(document)]
+    _resolve_output(document, [(str(each[-1]), _resolve_model(document, each)) for each in locations])
     _resolve_spec(document, ("calibration",), may_be_text=False)
     _resolve_source(document, ("calibration", "source"))
     _resolve_spec(document, ("evaluate", "text"), may_be_text=True)
+    _resolve_data(document)
     return document.validate(Recipe)
 
 
@@ -77,11 +82,36 @@ def load_calibration_spec(reference: str, *, base: Path) -> CalibrationSpec:
     Raises:
         RecipeError: there is no such spec, or it has mistakes, a line each.
     """
+    return _load_spec(reference, base, CalibrationSpec)
+
+
+def _load_spec(reference: str, base: Path, schema: type[_SpecT]) -> _SpecT:
     path = _find_spec(reference, base)
     document = Document.read(path)
-    _resolve_source(document, ("source",))
-    spec = document.validate(CalibrationSpec)
+    _resolve_source(document, ("source",), may_be_folder=schema is TrainingText)
+    spec = document.validate(schema)
     return spec if spec.name else spec.model_copy(update={"name": path.stem})
+
+
+def load_training_texts(data: Data | None, calibration: CalibrationSpec) -> list[TrainingText]:
+    """What a stage's `data` means: its texts in order, specs read from their files; relative paths start here.
+
+    Args:
+        data: of the stage.
+        calibration: the text that null means, with its length. Its `samples`, and those of a spec that is named, are
+            how many sequences a calibration takes, and no limit here.
+
+    Raises:
+        RecipeError: there is no such spec, or it has mistakes, a line each.
+    """
+    if data is None:
+        return [TrainingText(**calibration.model_dump(exclude={"samples"}, exclude_unset=True))]
+    return [
+        _load_spec(each, Path.cwd(), TrainingText).model_copy(update={"samples": None})
+        if isinstance(each, str)
+        else each
+        for each in (data if isinstance(data, list) else [data])
+    ]
 
 
 def is_bundled_spec(reference: str) -> bool:
@@ -168,25 +198,26 @@ def _write_out_calibration(document: Document) -> None:
             document.put("calibration", spec.model_dump(exclude_unset=True), place)
 
 
-def _resolve_model(document: Document) -> Path | None:
-    """Makes a local `model` absolute and returns it; a hub id and a file of a package stay what they are."""
-    model = _text_at(document, ("model",))
-    if model is None or _is_too_long(document, "model", Path(model)) or model.startswith("package:"):
+def _resolve_model(document: Document, location: Location) -> Path | None:
+    """Makes a local model absolute and returns it; a hub id and a file of a package stay what they are."""
+    model = _text_at(document, location)
+    if model is None or _is_too_long(document, location, Path(model)) or model.startswith("package:"):
         return None
-    path = _absolute(model, document.place(("model",)).folder)
+    path = _absolute(model, document.place(location).folder)
     kind = _kind(path)
     if kind:
-        document.replace(("model",), str(path))
+        document.replace(location, str(path))
         return path
     if model.startswith(("/", "~", "./", "../")) or model in (".", "..") or model.lower().endswith(".gguf"):
-        document.add_problem(("model",), f"{model}: no such file or folder{_guess_file(path)}")
+        document.add_problem(location, f"{model}: no such file or folder{_guess_file(path)}")
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         message = "is not a model; write a hub id (org/name), a folder, a .gguf file or package:NAME/FILE.gguf"
-        document.add_problem(("model",), f"{shown_value(model)} {message}")
+        document.add_problem(location, f"{shown_value(model)} {message}")
     return None
 
 
-def _resolve_output(document: Document, model: Path | None) -> None:
+def _resolve_output(document: Document, models: Sequence[tuple[str, Path | None]]) -> None:
+    """Makes `output` absolute; it must not be, hold or lie in one of the models, each with the key that names it."""
     output = _text_at(document, ("output",))
     if output is None:
         return
@@ -194,18 +225,46 @@ def _resolve_output(document: Document, model: Path | None) -> None:
     document.replace(("output",), str(path))
     if _kind(path) == "file":
         document.add_problem(("output",), f"{output}: is a file; name a folder that the result may take")
-    _is_too_long(document, "output", path)
-    if model is None:
-        return
-    real, real_model = Path(os.path.realpath(path)), Path(os.path.realpath(model))
-    if real == real_model or real_model in real.parents:
-        where = "is" if real == real_model else "lies inside"
-        document.add_problem(("output",), f"{output}: {where} the model folder; name another folder")
-    elif real in real_model.parents:
-        document.add_problem(("output",), f"{output}: holds the model {shown_path(model)}; name another folder")
+    _is_too_long(document, ("output",), path)
+    for key, model in models:
+        if model is None:
+            continue
+        real, real_model = Path(os.path.realpath(path)), Path(os.path.realpath(model))
+        if real == real_model or real_model in real.parents:
+            where = "is" if real == real_model else "lies inside"
+            document.add_problem(("output",), f"{output}: {where} the {key} folder; name another folder")
+        elif real in real_model.parents:
+            document.add_problem(("output",), f"{output}: holds the {key} {shown_path(model)}; name another folder")
 
 
-def _resolve_spec(document: Document, location: Location, *, may_be_text: bool) -> None:
+def _trained(document: Document) -> Iterator[Location]:
+    """Where the recipe says how to train: its training stages, and the `heal` of the others."""
+    stages = document.data.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, dict):
+            trains = stage.get("kind") in ("finetune", "distill")
+            yield ("stages", number) if trains else ("stages", number, "heal")
+
+
+def _teachers_and_students(document: Document) -> list[Location]:
+    """Where other models than the recipe's own are named."""
+    named: list[Location] = [(*where, key) for where in _trained(document) for key in ("teacher", "student")]
+    return [location for location in named if _text_at(document, location) != BASE]
+
+
+def _resolve_data(document: Document) -> None:
+    """Checks the texts to train on, one or several for each stage, and makes their paths absolute."""
+    for where in _trained(document):
+        data = _value_at(document, (*where, "data"))
+        several = [(*where, "data", number) for number in range(len(data))] if isinstance(data, list) else []
+        for location in several or [(*where, "data")]:
+            _resolve_spec(document, location, may_be_text=False, schema=TrainingText)
+            _resolve_source(document, (*location, "source"), may_be_folder=True)
+
+
+def _resolve_spec(
+    document: Document, location: Location, *, may_be_text: bool, schema: type[SourceSpec] = CalibrationSpec
+) -> None:
     """Checks a spec that is named, and makes its path absolute; with `may_be_text`, a text file's too."""
     reference = _text_at(document, location)
     if reference is None:
@@ -219,30 +278,39 @@ def _resolve_spec(document: Document, location: Location, *, may_be_text: bool) 
     try:
         path = _find_spec(reference, place.folder)
     except RecipeError as error:
-        is_id = not may_be_text and re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not is_yaml
+        is_id = not (may_be_text or is_yaml or is_local_source(reference)) and re.fullmatch(
+            r"[\w.-]+/[\w.-]+", reference
+        )
         hint = f"; for a dataset of the hub write {{source: {reference}}}" if is_id else ""
-        document.add_problem(location, f"{error}{hint}")
+        message = f"{error}{hint}"
+        if schema is TrainingText and _kind(path) == "folder":
+            message = f"{reference}: is a folder; to train on its files, write {{source: {reference}}}"
+        document.add_problem(location, message)
         return
     if path.parent == bundled_dir("calibration"):
         document.replace(location, path.stem)
     else:
         document.replace(location, str(path))
     try:
-        load_calibration_spec(str(path), base=place.folder)
+        _load_spec(str(path), place.folder, schema)
     except RecipeError as error:
         document.problems.extend((place.line, problem) for problem in error.problems)
 
 
-def _resolve_source(document: Document, location: Location) -> None:
-    """Makes the path of a text file absolute; the id of a hub dataset stays what it is."""
+def _resolve_source(document: Document, location: Location, *, may_be_folder: bool = False) -> None:
+    """Makes the path of a text file, or a folder of them, absolute; the id of a hub dataset stays what it is."""
     source = _text_at(document, location)
     if source is None:
         return
     path = _absolute(source, document.place(location).folder)
     kind = _kind(path)
-    if kind != "file" and not is_local_source(source):
+    if kind != "file" and not is_local_source(source) and not (kind and may_be_folder):
         return
-    if kind is None:
+    if kind == "folder" and may_be_folder:
+        document.replace(location, str(path))
+        if _value_at(document, (*location[:-1], "sha256")) is not None:
+            document.add_problem((*location[:-1], "sha256"), "is of one file, and source is a folder; remove it")
+    elif kind is None:
         document.add_problem(location, f"{source}: no such file{_guess_file(path)}")
     elif kind == "folder":
         document.add_problem(location, f"{source}: is a folder; name one file in it")
@@ -252,11 +320,18 @@ def _resolve_source(document: Document, location: Location) -> None:
         document.replace(location, str(path))
 
 
-def _text_at(document: Document, location: Location) -> str | None:
-    """The text at `location`; None where there is something else, which validation reports."""
+def _value_at(document: Document, location: Location) -> Any:
+    """What stands at `location`; None where nothing does."""
     value: Any = document.data
     for part in location:
-        value = value.get(part) if isinstance(value, dict) else None
+        held = isinstance(value, dict) or (isinstance(value, list) and isinstance(part, int) and part < len(value))
+        value = (value.get(part) if isinstance(value, dict) else value[part]) if held else None
+    return value
+
+
+def _text_at(document: Document, location: Location) -> str | None:
+    """The text at `location`; None where there is something else, which validation reports."""
+    value = _value_at(document, location)
     return (value.strip() or None) if isinstance(value, str) and "\0" not in value else None
 
 
@@ -276,13 +351,13 @@ def _kind(path: Path) -> Literal["file", "folder"] | None:
         return None
 
 
-def _is_too_long(document: Document, key: str, path: Path) -> bool:
-    """Whether no system has such a path, which is then a problem of `key`."""
+def _is_too_long(document: Document, location: Location, path: Path) -> bool:
+    """Whether no system has such a path, which is then a problem of the value at `location`."""
     names = [len(os.fsencode(part)) for part in path.parts]
     too_long = max(names, default=0) > _LONGEST_NAME or sum(names) + len(names) > _LONGEST_PATH
     if too_long:
         message = f"is too long; a name in a path can have {_LONGEST_NAME} bytes, the path {_LONGEST_PATH:,}"
-        document.add_problem((key,), f"{shown_value(str(path))} {message}")
+        document.add_problem(location, f"{shown_value(str(path))} {message}")
     return too_long
 
 

@@ -14,20 +14,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from compress.recipe.shape import AXIS_OF, Axis, Shape
+from compress.recipe.train import Heal
 from compress.recipe.types import DAMP, Closed, Count, Number, StageSpec
 from compress.system.units import parse_size
 
-Axis: TypeAlias = Literal["ffn", "heads", "hidden", "layers"]
 Importance: TypeAlias = Literal["greedy", "activation", "magnitude", "fluctuation"]
 Share: TypeAlias = Annotated[Number, Field(gt=0, lt=1, allow_inf_nan=False)]
-
-AXIS_OF: dict[str, Axis] = {
-    "intermediate_size": "ffn",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "heads",
-    "hidden_size": "hidden",
-    "num_hidden_layers": "layers",
-}
 
 
 def _parse_bytes(value: object) -> int:
@@ -63,29 +56,6 @@ class Target(Closed):
             raise PydanticCustomError("target", "{said}; give one of sparsity, parameters and bytes", {"said": said})
         if self.of == "layers" and self.sparsity is None:
             raise PydanticCustomError("of", "of is for sparsity; remove it")
-        return self
-
-
-class Shape(Closed):
-    """Sizes of the model afterwards, by their names in config.json; what is left out stays."""
-
-    intermediate_size: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Channels of an MLP.")
-    num_attention_heads: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Query heads.")
-    num_key_value_heads: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Key-value heads.")
-    hidden_size: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Residual channels.")
-    num_hidden_layers: Annotated[Count, Field(ge=1)] | None = Field(default=None, description="Decoder layers.")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Those that are given."""
-        return {key: value for key in AXIS_OF if (value := getattr(self, key)) is not None}
-
-    @model_validator(mode="after")
-    def _check_not_empty(self) -> "Shape":
-        if not self.sizes:
-            raise PydanticCustomError(
-                "empty_shape", "says nothing; give it one of {keys}", {"keys": ", ".join(AXIS_OF)}
-            )
         return self
 
 
@@ -135,7 +105,7 @@ class PruneStage(StageSpec):
         description="submodule: train each layer's attention and MLP for some steps towards what the original's put "
         "out, one layer in memory. Minutes on a GPU.",
     )
-    steps: Count = Field(default=200, ge=1, description="Steps of reconstruct for each layer.")
+    reconstruct_steps: Count = Field(default=200, ge=1, description="Steps of reconstruct for each layer.")
     block: Literal["kl", "influence"] = Field(
         default="kl",
         description="How the block of layers is chosen: by the divergence that removing it leaves (kl), or by how "
@@ -150,6 +120,20 @@ class PruneStage(StageSpec):
         default="even",
         description="Which of the shapes that meet the target: the one that shrinks all axes most evenly, or the best "
         "of three by divergence on calibration text (auto, three times the time).",
+    )
+    heal: Heal | None = Field(
+        default=None,
+        description="Train what is left, behind the stage or behind each of its steps: {loss: kl, tokens: 20M}.",
+    )
+    steps: Annotated[Count, Field(ge=1, le=100)] | None = Field(
+        default=None,
+        description="In how many steps the target is reached, each healed for its part of the tokens. Null means one, "
+        "and more where heal is given and more than 35 % goes.",
+    )
+    schedule: Literal["cubic", "linear", "geometric"] = Field(
+        default="cubic",
+        description="How much each step removes: less and less (cubic), the same number of parameters (linear), or the "
+        "same share of what there is (geometric).",
     )
 
     @field_validator("axes")
@@ -184,10 +168,20 @@ class PruneStage(StageSpec):
                 raise PydanticCustomError(
                     "prune_allocate", "allocate: auto chooses a shape and shape is given; remove one"
                 )
+        if self.steps not in (None, 1):
+            if self.heal is None:
+                raise PydanticCustomError("prune_steps", "steps need healing in between; give heal, or remove steps")
+            if self.target is None or self.target.bytes is not None:
+                message = "steps need a target in sparsity or parameters; give one, or remove steps"
+                raise PydanticCustomError("prune_steps", message)
         if self.allocate == "auto" and not self.compensate:
             message = "auto compares shapes by a divergence that compensate: false does not measure; use even"
             raise PydanticCustomError("prune_allocate", message)
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that its result hangs on; what it stands for beside itself are stages of their own."""
+        return self.model_dump(mode="json", exclude={"heal", "steps", "schedule"})
 
     @property
     def over(self) -> list[Axis]:

@@ -7,7 +7,6 @@ Left out on purpose: templating, includes and environment variables inside recip
 and diffed; `--set` and `dscompress sweep` are where values vary.
 """
 
-import re
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -17,90 +16,19 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    StringConstraints,
     Tag,
-    ValidationInfo,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from compress.recipe.text import CalibrationSpec
 from compress.recipe.types import Closed, Count, StageSpec, Text
 from compress.stages import KINDS
-
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-DEFAULT_LENGTH = 2048
 
 
 def _parse_switch(value: object) -> object:
     """`evaluate: false` is null and `evaluate: true` the defaults."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-
-def is_local_source(source: str) -> bool:
-    """Whether a calibration source names a file here (by its suffix or a leading . / ~), not a hub dataset."""
-    return source.lower().removesuffix(".gz").endswith(LOCAL_SUFFIXES) or source.startswith((".", "/", "~"))
-
-
-class CalibrationSpec(Closed):
-    """Text that a model is run on, and how it is sampled: `samples` sequences of `sequence_length` tokens."""
-
-    name: Text | None = Field(
-        default=None, description="What reports call this text; a spec file's own name when left out."
-    )
-    source: Text = Field(
-        description="A hub dataset (allenai/c4) or a local .jsonl, .json, .parquet or .txt file, each also .gz."
-    )
-    licence: Text | None = Field(default=None, description="The text's licence, copied into reports.")
-    license: Text | None = Field(default=None, description="The same as licence.")
-    sha256: Annotated[str, StringConstraints(strip_whitespace=True, to_lower=True)] | None = Field(
-        default=None, description="Checksum of the local file's bytes; a file with another one is refused."
-    )
-    samples: Count = Field(default=128, ge=1, description="Number of sequences.")
-    sequence_length: Annotated[Count, Field(ge=2)] | None = Field(
-        default=None,
-        description="Tokens per sequence; documents are packed, never padded. Null takes 2048, or all positions of a "
-        "model that has fewer.",
-    )
-    seed: Count = Field(default=0, ge=0, description="Seed of the sampling.")
-    split: Text = Field(default="train", description="Split of a hub dataset.")
-    subset: Text | None = Field(default=None, description="Configuration of a hub dataset, such as `en`.")
-    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
-    field: Text | None = Field(
-        default=None,
-        description="Column that holds the text or chats; left out, the first of `text`, `content`, `messages` and "
-        "`conversations` that is filled, or else question and answer (prompt and completion, instruction and output).",
-    )
-
-    @field_validator("license")
-    @classmethod
-    def _check_license(cls, value: str | None, info: ValidationInfo) -> str | None:
-        other = info.data.get("licence")
-        if None not in (value, other) and value != other:
-            message = "is {value} and licence is {other}; keep one"
-            raise PydanticCustomError("license", message, {"value": repr(value), "other": repr(other)})
-        return value
-
-    @property
-    def length(self) -> int:
-        """Tokens per sequence for a model with positions enough."""
-        return DEFAULT_LENGTH if self.sequence_length is None else self.sequence_length
-
-    @field_validator("sha256")
-    @classmethod
-    def _check_sha256(cls, value: str | None, info: ValidationInfo) -> str | None:
-        source = info.data.get("source")
-        if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
-            raise PydanticCustomError("sha256", "not a checksum")
-        if value is not None and source is not None and not is_local_source(source):
-            raise PydanticCustomError("hub", "is for a local file; pin a hub dataset with revision instead")
-        return value
-
-    @field_validator("split", "subset", "revision")
-    @classmethod
-    def _check_hub_only(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value not in (None, "train") and is_local_source(info.data.get("source", "")):
-            raise PydanticCustomError("local", "is for a hub dataset and source is a local file; remove it")
-        return value
 
 
 class EvaluateSpec(Closed):

@@ -93,6 +93,10 @@ class StageSpec(Closed):
         """The stage in a few words."""
         raise NotImplementedError
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that its result hangs on, as JSON can hold them."""
+        return self.model_dump(mode="json")
+
 
 def without_overridden(ignore: list[str], info: ValidationInfo) -> list[str]:
     """A stage's `ignore`, none of whose globs is in its `overrides` too."""

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from compress.records import Interval, Layer, Module, Report, Speed, Stage
+from compress.report.paths import without_folders
 from compress.system.units import count, size
 
 Row = tuple[str, str, str, str]
@@ -65,7 +66,9 @@ def duration(seconds: float) -> str:
 
 
 def ratio(report: Report) -> str:
-    """How the size on disk changed: 2.92x smaller."""
+    """How the size on disk changed: 2.92x smaller, unchanged."""
+    if f"{report.size_ratio:.2f}" == "1.00":
+        return "unchanged"
     if report.size_ratio >= 1:
         return f"{report.size_ratio:.2f}x smaller"
     return f"{1 / report.size_ratio:.2f}x larger" if report.size_ratio > 0 else "–"
@@ -199,6 +202,8 @@ def verdict(report: Report) -> str:
     """What came out, in one sentence of plain words."""
     base, compressed, quality = report.base, report.compressed, report.quality
     text = f"The checkpoint is {ratio(report)} than its base ({size(base.bytes)} to {size(compressed.bytes)})"
+    if ratio(report) == "unchanged":
+        text = f"The checkpoint is as large as its base ({size(compressed.bytes)})"
     if quality is None:
         text += "; what that cost in accuracy was not evaluated"
     else:
@@ -284,8 +289,11 @@ def size_parts(report: Report) -> tuple[tuple[float, float], tuple[float, float]
 
 
 def spec_words(stage: Stage) -> str:
-    """What the stage was asked to do, in short: method gptq, bits 4, ..."""
-    return _words({key: value for key, value in stage.spec.items() if key != "kind"})
+    """What the stage was asked to do, in short: method gptq, bits 4, ...; losses without weight are left out."""
+    spec = {key: value for key, value in without_folders(stage.spec).items() if key != "kind"}
+    if isinstance(losses := spec.get("losses"), dict):
+        spec["losses"] = {name: weight for name, weight in losses.items() if weight}
+    return _words(spec)
 
 
 def _words(value: object) -> str:
@@ -294,10 +302,10 @@ def _words(value: object) -> str:
             _pair(key, inner) for key, inner in value.items() if inner is not None and inner not in ({}, [])
         )
     if isinstance(value, list):
-        return " and ".join(_words(inner) for inner in value)
+        return " and ".join(f"({_words(inner)})" if isinstance(inner, dict) else _words(inner) for inner in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 def _pair(key: str, value: object) -> str:

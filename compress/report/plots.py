@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from compress.records import Quality, Report
+from compress.records import Quality, Report, Trained
 from compress.report import figures
+from compress.report.chain import chain_points
 from compress.report.figures import MatrixRow
-from compress.system.units import size
+from compress.system.units import count, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def error_by_layer(report: Report) -> str | None:
             layers_hit, errors = zip(*((row.layer or 0, row.module.error or 0.0) for row in fallbacks), strict=True)
             axes.plot(layers_hit, errors, linestyle="none", label="fallback", **ring)
         axes.yaxis.set_major_formatter(_percent)
-        axes.yaxis.set_minor_formatter(lambda value, _: _minor_percent(value, axes))
+        axes.yaxis.set_minor_formatter(lambda value, _: _minor(value, axes, _percent(value, None)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="decoder layer", ylabel="relative output error")
         axes.margins(x=0.02)
@@ -130,14 +131,88 @@ def size_bars(report: Report) -> str | None:
         return _svg(figure, "sizes", "Bytes on disk of the base and of the compressed checkpoint")
 
 
+def loss_curve(trained: Trained, number: int) -> str | None:
+    """Losses of training and on held-out text over the steps of stage `number`, with the step that was kept.
+
+    None for fewer than two points of either. Losses that fall by more than 20 times are drawn on a log scale.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    lines = {"training": trained.losses, "held out": trained.held_out}
+    if max(map(len, lines.values())) < 2:
+        return None
+    values = [value for pairs in lines.values() for _, value in pairs]
+    with _canvas(3.2) as (figure, axes):
+        if 0 < 20 * min(values) < max(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(lambda value, _: _minor(value, axes, f"{value:g}"))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for (label, pairs), colour in zip(lines.items(), _SERIES, strict=False):
+            if pairs:
+                marker: Any = {"marker": "o", "markersize": 4, "markeredgewidth": 0} if len(pairs) <= 60 else {}
+                steps, losses = zip(*pairs, strict=True)
+                gid = label.replace(" ", "-")
+                axes.plot(steps, losses, color=colour, linewidth=1.4, label=label, gid=gid, **marker)
+        best = trained.best_step
+        if best is not None and best in dict(trained.held_out):
+            ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
+            ring |= {"markeredgecolor": _INK, "linestyle": "none", "gid": "best"}
+            axes.plot([best], [dict(trained.held_out)[best]], label=f"best, step {best:,}", **ring)
+        for index, step in enumerate(trained.rolled_back):
+            style: dict[str, Any] = {"color": _MUTED, "linestyle": ":", "linewidth": 1.4, "gid": f"rolled-back-{index}"}
+            axes.axvline(step, label="" if index else "rolled back", **style)
+        each = f"{count(trained.tokens / trained.steps)} tokens each, " if trained.steps else ""
+        axes.set(xlabel=f"step ({each}{count(trained.tokens)} in all)", ylabel="mean loss")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
+        _legend(axes)
+        return _svg(figure, f"training-{number}", f"Losses over the steps of stage {number}")
+
+
+def chain_curve(report: Report) -> str | None:
+    """KL from the base against parameters, from stage to stage; None where `chain_points` has nothing."""
+    points = chain_points(report)
+    if not points:
+        return None
+    verbs = list(dict.fromkeys(point.verb for point in points))
+    with _canvas(3.4) as (figure, axes):
+        way: dict[str, Any] = {"color": _MUTED, "linewidth": 1.2, "gid": "way"}
+        axes.plot([point.parameters for point in points], [point.kl for point in points], **way)
+        for number, verb in enumerate(verbs):
+            style: dict[str, Any] = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8], "markersize": 7}
+            places = [(point.parameters, point.kl) for point in points if point.verb == verb]
+            style |= {"linestyle": "none", "markeredgewidth": 0, "clip_on": False, "zorder": 3}
+            axes.plot(*zip(*places, strict=True), label=verb, **style)
+        for point in points[1:]:  # by turns on both sides: a stage often moves little
+            side = 1 if point.number % 2 else -1
+            place: dict[str, Any] = {"textcoords": "offset points", "xytext": (8 * side, 3)}
+            place |= {"ha": "left" if side > 0 else "right"}
+            axes.annotate(str(point.number), (point.parameters, point.kl), **place)
+        axes.set(xlabel="parameters", ylabel="KL from the base, nats per token")
+        scale, letter = _scale(max(point.parameters for point in points))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / scale:g}{letter}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.margins(x=0.05, y=0.1)
+        axes.set_ylim(bottom=0)
+        _legend(axes)
+        return _svg(figure, "chain", "KL divergence from the base against parameters, from stage to stage")
+
+
+def _scale(largest: int) -> tuple[int, str]:
+    """The unit of an axis of numbers of things, and its letter."""
+    units = {1_000_000_000: "B", 1_000_000: "M", 1_000: "K"}
+    return next(((unit, letter) for unit, letter in units.items() if largest >= unit), (1, ""))
+
+
 def _percent(value: float, _: object) -> str:
     return f"{100 * value:g} %"
 
 
-def _minor_percent(value: float, axes: "Axes") -> str:
-    """Labels 2 and 5 between the powers of ten where the axis spans less than two of them."""
+def _minor(value: float, axes: "Axes", label: str) -> str:
+    """The label of 2 and 5 between the powers of ten where the axis spans less than two of them."""
     low, high = axes.get_ylim()
-    return _percent(value, None) if high / low < 100 and f"{value:.0e}"[0] in "25" else ""
+    return label if high / low < 100 and f"{value:.0e}"[0] in "25" else ""
 
 
 def _legend(axes: "Axes") -> None:

@@ -1,7 +1,7 @@
 """What pruning stages did, as reports show it: sizes before and after, and what each layer's linears lost."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.records import PrunedModule, Report, SparseModule, Stage
 from compress.report.figures import number, percent
@@ -10,7 +10,7 @@ from compress.system.units import count
 
 @dataclass(frozen=True)
 class PrunedView:
-    """One prune stage.
+    """One stage that pruned.
 
     Args:
         title: of its section.
@@ -28,9 +28,14 @@ class PrunedView:
 
 
 def pruned_views(report: Report) -> list[PrunedView]:
-    """Every prune stage of a report, in order."""
-    views = [_structured(stage) if stage.pruned else _sparse(stage) for stage in report.stages if stage.kind == "prune"]
-    return [view for view in views if view is not None]
+    """Every stage of a report that pruned, in order."""
+    several = sum(stage.kind == "prune" or stage.pruned is not None for stage in report.stages) > 1
+    views = []
+    for position, stage in enumerate(report.stages, 1):
+        view = _structured(stage) if stage.pruned else _sparse(stage) if stage.kind == "prune" else None
+        if view is not None:
+            views.append(replace(view, title=f"{view.title}: stage {position}") if several else view)
+    return views
 
 
 def _structured(stage: Stage) -> PrunedView:

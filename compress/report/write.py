@@ -7,23 +7,20 @@ style and its pictures, and loads nothing.
 import contextlib
 import re
 from collections.abc import Callable
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from compress.errors import OutputError
-from compress.formats.openers import VLLM_BITS
-from compress.records import Report, Stage
-from compress.report import figures
+from compress.records import Report
+from compress.report import card, chain, figures
 from compress.report.figures import speed_words, summary_table
 from compress.report.pruning import pruned_views
+from compress.report.training import TEXT_HEADS, trained_views
 from compress.system.units import count, size
 
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -41,8 +38,11 @@ def write_report(report: Report, folder: Path) -> None:
         "size_plot": plots.size_bars(report),
         "layer_plot": plots.error_by_layer(report),
         "window_plot": plots.kl_by_window(report.quality) if report.quality else None,
+        "chain_plot": plots.chain_curve(report),
     }
-    safe = {name: Markup(svg) if svg else None for name, svg in pictures.items()}
+    safe: dict[str, Any] = {name: Markup(svg) if svg else None for name, svg in pictures.items()}
+    curves = {each.number: plots.loss_curve(each.trained, each.number) for each in view["trained"]}
+    safe["loss_plots"] = {number: Markup(svg) for number, svg in curves.items() if svg}
     environment = _environment()
     css = environment.get_template("report.css").render()
     page = environment.get_template("report.html.jinja").render(view | safe, css=Markup(css))
@@ -54,77 +54,11 @@ def write_report(report: Report, folder: Path) -> None:
 def write_model_card(report: Report, folder: Path) -> None:
     """Writes README.md, a Hugging Face model card, into `folder`, which exists.
 
-    `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here. vLLM is named for
-    what its kernels take: compressed-tensors of 4 or 8 bits without quantized embeddings.
-
     Raises:
         OutputError: the file can't be written there.
     """
-    hub_base = _HUB_ID.fullmatch(report.base.model) is not None and not Path(report.base.model).exists()
-    stage = figures.quantized_stage(report)
-    bits = {row.module.bits for row in figures.matrices(report)}
-    spec = stage.spec if stage else {}
-    card = _view(report) | {
-        "front_matter": _yaml(_front_matter(report, stage, hub_base)),
-        "method_words": _card_words(report, stage),
-        "hub_base": hub_base,
-        "base_name": _without_folders(report.base.model),
-        "recipe_yaml": _yaml(_without_folders(report.recipe)),
-        "path": f"path/to/{PurePath(report.compressed.path).name}",
-        "vllm": report.compressed.format == "compressed-tensors" and bits <= VLLM_BITS and not spec.get("embeddings"),
-    }
-    _write(folder / "README.md", _environment().get_template("model_card.md.jinja").render(card))
-
-
-def _without_folders(value: Any) -> Any:
-    """A value of a recipe with absolute paths cut to their names: a card is published, and nobody's folders with it."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-
-
-def _front_matter(report: Report, stage: Stage | None, hub_base: bool) -> dict[str, Any]:
-    spec = stage.spec if stage else {}
-    tags = ["dscompress", report.compressed.format, spec.get("method")]
-    tags += ["pruned"] if any(each.kind == "prune" for each in report.stages) else []
-    tags += [spec["dtype"]] if "dtype" in spec else [f"{spec['bits']}-bit"] if "bits" in spec else []
-    relation = "quantized" if stage is not None else "finetune"
-    base = {"base_model": report.base.model, "base_model_relation": relation} if hub_base else {}
-    return base | {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **({"quantized_by": "dscompress"} if stage is not None else {}),
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-    }
-
-
-def _card_words(report: Report, stage: Stage | None) -> str:
-    """What the checkpoint is, on its card."""
-    words = _method_words(stage)
-    kinds = [each for each in report.stages if each.kind == "prune"]
-    if not kinds:
-        return words
-    how = "pruned" if any(each.pruned for each in kinds) else "sparse"
-    if stage is None:
-        return f"A {how} version"
-    return f"{words} of a {how} version"
-
-
-def _method_words(stage: Stage | None) -> str:
-    if stage is not None and "dtype" in stage.spec:
-        dtype, method = stage.spec["dtype"].upper(), stage.spec.get("method")
-        how = {"auto": "static or dynamic", None: ""}.get(method, str(method))
-        what = (
-            "activations to INT8 and weights to 4 bits"
-            if stage.spec.get("bits") == 4
-            else f"weights and activations to {dtype}"
-        )
-        return f"A quantization of {what} ({how} activation scales)"
-    if stage is None or "bits" not in stage.spec:
-        return "A compressed version"
-    return f"A {stage.spec['bits']}-bit {str(stage.spec.get('method', '')).upper()} quantization".replace("  ", " ")
+    text = _environment().get_template("model_card.md.jinja").render(_view(report) | card.view(report))
+    _write(folder / "README.md", text)
 
 
 def _view(report: Report) -> dict[str, Any]:
@@ -146,6 +80,10 @@ def _view(report: Report) -> dict[str, Any]:
         "worst": figures.worst(report),
         "size_rows": figures.size_rows(report),
         "pruned": pruned_views(report),
+        "trained": trained_views(report),
+        "text_heads": TEXT_HEADS,
+        "chain_heads": chain.HEADS,
+        "chain": chain.chain_rows(report),
         "quality_rows": figures.quality_rows(report),
         "speed_rows": figures.speed_rows(report),
         "speed_words": speed_words(report),
@@ -153,7 +91,7 @@ def _view(report: Report) -> dict[str, Any]:
         "failures": _failures(report),
         "warnings": _fallback_warning(len(fallbacks), len(rows)) + report.warnings,
         "facts": _facts(report),
-        "recipe_yaml": _yaml(report.recipe),
+        "recipe_yaml": card.as_yaml(report.recipe),
     }
 
 
@@ -242,11 +180,6 @@ def _fenced(text: str, language: str = "text") -> str:
     """Text as a Markdown code block; its fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _yaml(value: dict[str, Any]) -> str:
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
-    return text
 
 
 def _write(path: Path, text: str) -> None:

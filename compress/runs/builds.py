@@ -11,11 +11,12 @@ def check_planned(planned: RunPlan) -> None:
     Raises:
         RecipeError: what transformers refuses, with its reason and what to do.
     """
-    for number, plan in enumerate(planned.stages):
+    for part in planned.parts:
+        plan = part.plan
         if not plan.builds or plan.shapes is None:
             continue
         shapes = {name: info.shape for name, info in plan.shapes.tensors.items()}
         try:
             check_builds(plan.shapes.config, shapes)
         except ModelError as error:
-            raise RecipeError([f"stages.{number}: {error}; choose another shape"]) from error
+            raise RecipeError([f"stages.{part.number}: {error}; choose another shape"]) from error

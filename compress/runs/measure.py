@@ -22,6 +22,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import parameter_count
 from compress.recipe.schema import EvaluateSpec
 from compress.records import read_record
+from compress.stages.contract import Plan
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.memory import available
@@ -122,3 +123,17 @@ class Measurement:
         if not facts_of(self.result.config).runs_on_cpu or self.context.device.type != "cpu":
             return None, None
         return compare_speed(self.base, self.result, self.key, self.context, self.cache, self.fresh)
+
+
+def with_figures(
+    stage: records.Stage, measured: Measurement, quality: records.Quality | None, plan: Plan
+) -> records.Stage:
+    """A stage's record with the size of what it made, and how far that is from the recipe's model."""
+    assert plan.shapes is not None
+    figures: dict[str, float | int | None] = {
+        "parameters": parameter_count(plan.shapes),
+        "bytes": measured.result.bytes,
+    }
+    if quality is not None:
+        figures |= {"perplexity": quality.perplexity.compressed, "kl": quality.kl.mean}
+    return stage.model_copy(update=figures)

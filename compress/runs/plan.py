@@ -5,7 +5,7 @@ starts. Never imports torch.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,29 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
 from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
 from compress.recipe.load import load_evaluation_spec
-from compress.recipe.schema import CalibrationSpec, Recipe, is_local_source
+from compress.recipe.schema import Recipe
+from compress.recipe.text import CalibrationSpec, SourceSpec, is_local_source
+from compress.recipe.train import BASE
 from compress.recipe.types import StageSpec
 from compress.stages import KINDS
 from compress.stages.contract import Plan, Setting
 from compress.system.fingerprint import sha256
 from compress.system.units import size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage as it runs; a stage of a recipe may stand for several.
+
+    Args:
+        number: of the recipe's stage, counted from 0.
+        spec: what was planned.
+        plan: what came out.
+    """
+
+    number: int
+    spec: StageSpec
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -32,31 +49,51 @@ class RunPlan:
         base: its model; None where that is not here.
         text: calibration text, with a length that the model has positions for.
         windows: tokens of an evaluation's window, likewise.
-        stages: a plan for each stage.
+        parts: the stages in order.
         warnings: a line each.
+        models: folders of other models that stages name.
     """
 
     recipe: Recipe
     base: Checkpoint | None
     text: CalibrationSpec
     windows: int
-    stages: Sequence[Plan]
+    parts: Sequence[Part]
     warnings: Sequence[str]
+    models: Mapping[str, Path]
+
+    @property
+    def stages(self) -> list[Plan]:
+        """A plan for each stage that runs."""
+        return [part.plan for part in self.parts]
 
     @property
     def specs(self) -> list[StageSpec]:
-        """The recipe's stages, with what follows from the model filled in."""
-        return [plan.spec or spec for plan, spec in zip(self.stages, self.recipe.stages, strict=True)]
+        """The stages that run, with what follows from the model filled in."""
+        return [part.plan.spec or part.spec for part in self.parts]
 
-    def behind(self, number: int, shapes: Shapes) -> "RunPlan":
+    @property
+    def calibrates(self) -> bool:
+        """Whether any of them looks at calibration text."""
+        return any(spec.calibrates for spec in self.specs)
+
+    def behind(self, index: int, shapes: Shapes) -> "RunPlan":
         """The same with the stages behind one planned on what it has really made.
 
         Raises:
             RecipeError: what then can't be done.
         """
-        there = replace(self.stages[number], shapes=shapes)
-        stages = [*self.stages[:number], there, *_fold(self.recipe, shapes, self.base, self.text, number + 1)]
-        return replace(self, stages=stages)
+        done = self.parts[index]
+        parts = [*self.parts[:index], replace(done, plan=replace(done.plan, shapes=shapes))]
+        for number, part in enumerate(self.parts[index + 1 :], index + 1):
+            following = [each.spec for each in self.parts[number + 1 :]]
+            setting = Setting(f"stages.{part.number}", self.text, following, self.base, self.models)
+            found: Plan = KINDS[part.spec.kind].plan().plan(part.spec, shapes, setting)
+            parts.append(replace(part, plan=found))
+            assert found.shapes is not None
+            shapes = found.shapes
+        _check(parts)
+        return replace(self, parts=parts)
 
     def lines(self, work: Path) -> list[str]:
         """What a dry run prints.
@@ -81,12 +118,13 @@ class RunPlan:
         return [f"{label:<9}{text}" for label, text in [*rows, ("output", self.recipe.output)]]
 
 
-def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
+def plan_run(recipe: Recipe, folder: Path | None, models: Mapping[str, Path] | None = None) -> RunPlan:
     """Check a recipe against its model.
 
     Args:
         recipe: valid.
         folder: the model; None where it is not here: then only what the recipe alone shows is looked at.
+        models: folders of other models that its stages name, those that are here.
 
     Raises:
         ModelError: a damaged or unsupported model, or sequences longer than its positions.
@@ -96,27 +134,43 @@ def plan_run(recipe: Recipe, folder: Path | None) -> RunPlan:
     positions = None if base is None else positions_of(base.config)
     text = fitted_calibration(recipe, positions)
     windows = (recipe.evaluate and recipe.evaluate.sequence_length) or fitting_length(positions)
-    warnings = [*_flattered(recipe, text), *shortened(recipe, positions), *([] if base is None else remarks(base))]
-    plans = _fold(recipe, base, base, text)
+    parts = _fold(recipe, base, text, models or {})
+    planned = RunPlan(recipe, base, text, windows, parts, (), models or {})
+    said = [*_flattered(planned), *shortened(recipe, positions), *([] if base is None else remarks(base))]
     if base is not None:
-        _check_lengths(recipe, base, text, windows)
-    return RunPlan(recipe, base, text, windows, plans, [*warnings, *(line for plan in plans for line in plan.warnings)])
+        _check_lengths(planned, base)
+    said += [line for part in parts for line in part.plan.warnings]
+    return replace(planned, warnings=list(dict.fromkeys(said)))
 
 
-def _fold(
-    recipe: Recipe, shapes: Shapes | None, base: Checkpoint | None, text: CalibrationSpec, first: int = 0
-) -> list[Plan]:
-    """Plans of the stages from one on, each on the shapes that the one before leaves; all their problems at once."""
-    plans: list[Plan] = []
-    for number in range(first, len(recipe.stages)):
-        spec = recipe.stages[number]
-        setting = Setting(f"stages.{number}", text, recipe.stages[number + 1 :], base)
-        plans.append(KINDS[spec.kind].plan().plan(spec, shapes, setting))
-        shapes = plans[-1].shapes
-    problems = [problem for plan in plans for problem in plan.problems]
+def other_models(recipe: Recipe) -> list[str]:
+    """Models that stages name beside the recipe's own, as they are called there."""
+    named = []
+    for stage in recipe.stages:
+        heal = getattr(stage, "heal", None)
+        named += [getattr(stage, "teacher", None), getattr(stage, "student", None), getattr(heal, "teacher", None)]
+    return list(dict.fromkeys(name for name in named if name not in (None, BASE)))
+
+
+def _fold(recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models: Mapping[str, Path]) -> list[Part]:
+    """Plans of all stages, each on the shapes that the one before leaves; all their problems at once."""
+    shapes: Shapes | None = base
+    parts: list[Part] = []
+    for number, stage in enumerate(recipe.stages):
+        specs = KINDS[stage.kind].parts(stage, shapes)
+        for place, spec in enumerate(specs):
+            following = [*specs[place + 1 :], *recipe.stages[number + 1 :]]
+            setting = Setting(f"stages.{number}", text, following, base, models)
+            parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
+            shapes = parts[-1].plan.shapes
+    _check(parts)
+    return parts
+
+
+def _check(parts: Sequence[Part]) -> None:
+    problems = list(dict.fromkeys(problem for part in parts for problem in part.plan.problems))
     if problems:
         raise RecipeError(problems)
-    return plans
 
 
 def _open(folder: Path, recipe: Recipe) -> Checkpoint:
@@ -127,27 +181,37 @@ def _open(folder: Path, recipe: Recipe) -> Checkpoint:
     return base
 
 
-def _check_lengths(recipe: Recipe, base: Checkpoint, text: CalibrationSpec, windows: int) -> None:
-    if any(stage.calibrates for stage in recipe.stages):
-        check_length(base, text.length, "calibration.sequence_length")
-    if recipe.evaluate is not None:
-        check_length(base, windows, "evaluate.sequence_length")
+def _check_lengths(planned: RunPlan, base: Checkpoint) -> None:
+    if planned.calibrates:
+        check_length(base, planned.text.length, "calibration.sequence_length")
+    if planned.recipe.evaluate is not None:
+        check_length(base, planned.windows, "evaluate.sequence_length")
 
 
-def _flattered(recipe: Recipe, calibration: CalibrationSpec) -> list[str]:
-    """Whether the evaluation's text has been calibrated on."""
-    if recipe.evaluate is None or not any(stage.calibrates for stage in recipe.stages):
+def _flattered(planned: RunPlan) -> list[str]:
+    """Whether the evaluation's text has been calibrated or trained on."""
+    recipe = planned.recipe
+    if recipe.evaluate is None:
         return []
     evaluation = load_evaluation_spec(recipe.evaluate.text)
-    if not _same_text(calibration, evaluation):
-        return []
-    return [
-        f"calibration and evaluate.text are the same text ({evaluation.name or Path(evaluation.source).name}), "
-        "which flatters the reported accuracy; calibrate on another, such as general_en"
-    ]
+    name = evaluation.name or Path(evaluation.source).name
+    lines = []
+    if planned.calibrates and _same_text(planned.text, evaluation):
+        lines.append(
+            f"calibration and evaluate.text are the same text ({name}), which flatters the reported accuracy; "
+            "calibrate on another, such as general_en"
+        )
+    for part in planned.parts:
+        data = getattr(part.plan.spec, "data", None)
+        if isinstance(data, list) and any(_same_text(each, evaluation) for each in data):
+            lines.append(
+                f"stages.{part.number}: is trained on the text of the evaluation ({name}), which flatters the reported "
+                "accuracy; train or measure on another"
+            )
+    return lines
 
 
-def _same_text(one: CalibrationSpec, other: CalibrationSpec) -> bool:
+def _same_text(one: SourceSpec, other: SourceSpec) -> bool:
     """The same file by its bytes, or the same split of a hub dataset; how many samples are drawn does not matter."""
     if not (is_local_source(one.source) and is_local_source(other.source)):
         return (one.source, one.subset, one.split) == (other.source, other.subset, other.split)

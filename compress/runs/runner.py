@@ -6,9 +6,10 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ from compress.runs.artefact import (
     work_folder,
 )
 from compress.runs.builds import check_planned
-from compress.runs.measure import Measurement, prompts_of
-from compress.runs.plan import RunPlan, plan_run
+from compress.runs.measure import Measurement, prompts_of, with_figures
+from compress.runs.plan import RunPlan, other_models, plan_run
 from compress.stages import KINDS
 from compress.stages.contract import Result
 from compress.system import distributed
@@ -102,16 +103,16 @@ def run(
         parent, parent_id = job.base, job.base_id
         stages = []
         with job.loader_ahead():
-            for number in range(len(recipe.stages)):
+            for number in range(len(job.planned.parts)):
                 spec = job.planned.specs[number]
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
-                    result = KINDS[spec.kind].run().run(spec, parent, artefact.part, job.sharing(parent_id))
+                    result = job.make(number, parent, parent_id, artefact)
                     stage = job.commit(artefact, result, parent_id)
                 parent, parent_id = Checkpoint(artefact.folder), artefact.key
-                job.went_through(number, stage, parent)
+                job.went_through(number, stage, artefact, parent)
                 stages.append(stage)
-            return job.finish(artefact, stages) if distributed.leave() else None
+            return job.finish(stages) if distributed.leave() else None
 
 
 @contextmanager
@@ -134,6 +135,7 @@ class _Job:
 
     base: Checkpoint
     base_id: str
+    models: dict[str, Path]
     planned: RunPlan
     context: Context
     windows: TokenSet | None
@@ -154,6 +156,7 @@ class _Job:
         self.cache = self.work / "evaluations"
         self.started = time.monotonic()
         self.layers: list[int] | None = None  # of the base, that the last stage's result has
+        self.made: list[StageArtefact] = []
 
     @contextmanager
     def in_its_place(self) -> Iterator[None]:
@@ -194,11 +197,12 @@ class _Job:
 
     def prepare(self, kept: ExitStack) -> None:
         """Open the model, check everything that can be checked, read the text; `kept` holds on to the model."""
+        distributed.check_shared(self.work)
         recipe, folder = self.recipe, self._model()
         if folder.parent == self.work / "base" and distributed.rank() == 0:
             kept.enter_context(lock_of(folder)).acquire(exclusive=False, waiting=self.reporter.say)
-        self.planned = plan_run(recipe, folder)
-        self._check_splits()
+        self.models = self._other_models()
+        self.planned = plan_run(recipe, folder, self.models)
         check_planned(self.planned)
         assert self.planned.base is not None, "the model has been found"
         base = self.base = self.planned.base
@@ -227,10 +231,11 @@ class _Job:
         """A stage's artefact, and its record if it was finished before; `kept` holds on to it until the run ends."""
         context, kind = self.context, KINDS[spec.kind].run()
         needed = context.tokens.sha256 if context.tokens is not None and spec.calibrates else None
-        processes = [distributed.world()] if distributed.world() > 1 else []  # they round sums in another order
-        key = fingerprint(
-            spec.model_dump(mode="json"), parent_id, needed, str(context.dtype), kind.CODE_VERSION, *processes
-        )
+        # several processes round sums in another order; training can be taken up by another number of them
+        more = [distributed.world()] if distributed.world() > 1 else []
+        if hasattr(kind, "reads"):
+            more = kind.reads(spec, self.sharing(parent_id))
+        key = fingerprint(spec.identity(), parent_id, needed, str(context.dtype), kind.CODE_VERSION, *more)
         if distributed.first(lambda: key) != key:
             raise UserError(
                 f"process {distributed.rank()} has another model, precision or version of dscompress than process 0; "
@@ -248,7 +253,19 @@ class _Job:
         text = None if self.context.tokens is None else self.context.tokens.sha256
         here = [self.context.device.type, *(version for name, version in versions().items() if name in MATTERS)]
         shared = self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here)
-        return replace(self.context, base=self.base, layers=self.layers, fresh=self.fresh, shared=shared)
+        return replace(
+            self.context, base=self.base, layers=self.layers, fresh=self.fresh, shared=shared, work=self.work,
+            models=self.models, tracked=self.recipe.name,
+        )  # fmt: skip
+
+    def make(self, number: int, parent: Checkpoint, parent_id: str, artefact: StageArtefact) -> Result:
+        """What a stage makes of its parent; in process 0 alone where several can't share the work."""
+        spec, context, world = self.planned.specs[number], self.sharing(parent_id), distributed.world()
+        work: Callable[[], Result] = partial(KINDS[spec.kind].run().run, spec, parent, artefact.part, context)
+        if world == 1 or self.planned.stages[number].splits:
+            return work()
+        self.reporter.say(f"{spec.title}: runs in one of the {world} processes, and the others wait")
+        return distributed.on_first(work)
 
     def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
         """Give what a stage has made its place; returns the record."""
@@ -256,29 +273,34 @@ class _Job:
         distributed.first(lambda: artefact.commit(result, parent=parent_id, base=self.base_id, probe=probe))
         return result.record
 
-    def went_through(self, number: int, stage: records.Stage, result: Checkpoint) -> None:
+    def went_through(self, number: int, stage: records.Stage, artefact: StageArtefact, result: Checkpoint) -> None:
         """Plan what follows on what a stage has made, which chooses its shape where it compares several."""
+        self.made.append(artefact)
+        if stage.trained is not None and getattr(self.planned.specs[number], "student", None) is not None:
+            self.layers = None  # another model's
         if stage.pruned is None:
             return
         before = self.layers or list(range(stage.pruned.before["num_hidden_layers"]))
         self.layers = [own for index, own in enumerate(before) if index not in stage.pruned.removed_layers]
         self.planned = self.planned.behind(number, result)
 
-    def finish(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
+    def finish(self, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""
-        report = self._report(artefact, stages)
-        self._publish(artefact.folder, report)
+        report = self._report(stages)
+        self._publish(self.made[-1].folder, report)
         return report
 
-    def _report(self, artefact: StageArtefact, stages: list[records.Stage]) -> records.Report:
+    def _report(self, stages: list[records.Stage]) -> records.Report:
         base, shapes, last = self.base, self.planned.stages[-1].shapes, stages[-1]
         assert shapes is not None
-        result = Checkpoint(artefact.folder)
-        measured = Measurement(base, self.base_id, result, artefact.key, self.context, self.cache, self.fresh)
-        verified = measured.verify(artefact.logits())
-        quality = measured.quality(self.windows)
-        generations, note = measured.generations(self.recipe.evaluate)
-        speed, speed_note = measured.speed() if self.windows is not None else (None, None)
+        measured = [self._measurement(artefact) for artefact in self.made]
+        result = measured[-1].result
+        verified = measured[-1].verify(self.made[-1].logits())
+        qualities = [each.quality(self.windows) for each in measured]
+        quality = qualities[-1]
+        generations, note = measured[-1].generations(self.recipe.evaluate)
+        speed, speed_note = measured[-1].speed() if self.windows is not None else (None, None)
+        stages = [with_figures(*each) for each in zip(stages, measured, qualities, self.planned.stages, strict=True)]
         parameters = parameter_count(shapes)
         compressed = records.Compressed(
             path=str(self.output), bytes=result.bytes, parameters=parameters, format=last.format,
@@ -296,14 +318,9 @@ class _Job:
             versions=versions(), warnings=self.reporter.warnings,
         )  # fmt: skip
 
-    def _check_splits(self) -> None:
-        """Whether the stages can be split over several processes."""
-        world = distributed.world()
-        for number, (spec, plan) in enumerate(zip(self.recipe.stages, self.planned.stages, strict=True)):
-            if world > 1 and not plan.splits:
-                raise UserError(
-                    f"stages.{number}: {spec.title} runs in one process and there are {world}; remove --nproc"
-                )
+    def _measurement(self, artefact: StageArtefact) -> Measurement:
+        result = Checkpoint(artefact.folder)
+        return Measurement(self.base, self.base_id, result, artefact.key, self.context, self.cache, self.fresh)
 
     def _model(self) -> Path:
         """The model's folder; rank 0 gets it before others look for it, which may be on other machines."""
@@ -311,11 +328,19 @@ class _Job:
         folder = distributed.first(lambda: resolve_model(model, revision, self.work, say))
         return folder if distributed.rank() == 0 else resolve_model(model, revision, self.work, say)
 
+    def _other_models(self) -> dict[str, Path]:
+        """Folders of the models that stages name."""
+        found = {}
+        for name in other_models(self.recipe):
+            folder = distributed.first(lambda: resolve_model(name, None, self.work, self.reporter.say))  # noqa: B023
+            found[name] = folder if distributed.rank() == 0 else resolve_model(name, None, self.work, self.reporter.say)
+        return found
+
     def _context(self, tokenizer: "PreTrainedTokenizerBase") -> Context:
         """Device, precision and calibration tokens."""
         recipe, base = self.recipe, self.base
         device = pick_device(self.device, self.max_memory)
-        tokens = self._tokens(tokenizer) if any(s.calibrates for s in recipe.stages) else None
+        tokens = self._tokens(tokenizer) if self.planned.calibrates else None
         stored = torch.float16 if model_dtype(base) == "F16" else torch.bfloat16
         dtype = pick_dtype(device, stored)
         probe = probe_tokens(base.folder, recipe.trust_remote_code)[None]

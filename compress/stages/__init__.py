@@ -26,12 +26,19 @@ class Kind:
         """The module with `plan`; never imports torch."""
         return import_module(f"{self.package}.plan")
 
+    def parts(self, spec: Any, shapes: Any) -> list[Any]:
+        """The stages that one of a recipe stands for, on a model of these shapes (None where it is not here)."""
+        plan = self.plan()
+        return list(plan.parts(spec, shapes)) if hasattr(plan, "parts") else [spec]
+
     def run(self) -> Any:
         """The module with `CODE_VERSION` and `run`."""
         return import_module(f"{self.package}.run")
 
 
 KINDS = {
+    "distill": Kind("compress.recipe.train:DistillStage", "compress.stages.training"),
+    "finetune": Kind("compress.recipe.train:FinetuneStage", "compress.stages.training"),
     "prune": Kind("compress.recipe.prune:PruneSpec", "compress.stages.prune"),
     "quantize": Kind("compress.recipe.quantize:QuantizeStage", "compress.stages.quantize"),
 }

@@ -3,16 +3,20 @@
 A kind is a package with two modules (compress/stages/__init__.py lists them):
 
     plan.py   plan(spec, shapes, setting) -> Plan           never imports torch
+              parts(spec, shapes) -> list of stages         only of a kind that expands: what one of a recipe stands for
     run.py    CODE_VERSION                                  raised when the same inputs give other tensors
               run(spec, parent, output, context) -> Result  resumable: what `output` holds already is continued
+              reads(spec, context) -> list                  only of a kind that reads more than calibration text: what
+                                                            identifies that, for the fingerprint
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.model.shapes import Shapes
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 from compress.recipe.types import StageSpec
 from compress.records import Stage
 
@@ -29,12 +33,14 @@ class Setting:
         text: what it is calibrated on.
         following: the stages behind it.
         base: shapes of the recipe's model, before any stage; None where it is not here.
+        models: folders of other models that stages name, by what the recipe calls them; those that are here.
     """
 
     where: str
     text: CalibrationSpec
     following: Sequence[StageSpec] = ()
     base: Shapes | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,24 @@
 """Several processes that work as one, on one machine or on many: calibration sequences and rows of matrices are split.
 
-torch's launcher starts the processes (`launch`, or torchrun by hand) and ends all when one ends badly; a process that
-it started joins the others and takes a GPU of its own. All hold the same weights at any time and only rank 0 writes. In
+A launcher starts the processes (launcher.py, or torchrun by hand) and ends all when one ends badly; a process that it
+started joins the others and takes a GPU of its own. All hold the same weights at any time and only rank 0 writes. In
 a run of one process everything here does nothing, and torch.distributed is not imported.
 
 Left out: splitting a layer's weights. One layer and its Hessians fit a GPU, and splitting tokens costs less traffic.
 """
 
 import ctypes
-import logging
 import os
 import signal
+import socket
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from compress.errors import DscompressError, PeerError, UserError
@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=2)  # with another process that computes; the launcher sees to one that has ended
 _LOOK = 0.02  # seconds between two looks whether rank 0 is ready
-_GRACE = timedelta(seconds=10)  # in which a process that has failed says so itself
+_GRACE = timedelta(seconds=10)  # in which a process that has failed says so itself, and a launcher ends the others
+_SHOWN = 30.0  # seconds in which a disk that hosts share shows a new file to all
 _FAILURES, _CODE = "failures", "code"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -48,62 +49,17 @@ class _Joined:
     device: str
     store: "Store"
     threads: int
+    host: str
     shared: int = 0
 
 
 _joined: _Joined | None = None
+_own: str | None = None  # the device of a process that joined, to its end
 
 
 def launched() -> bool:
     """Whether a launcher has started this process as one of several."""
     return all(name in os.environ for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
-
-
-def launch(processes: int, device: str, arguments: Sequence[str]) -> int:
-    """Run the command in several processes on this machine, and wait for them.
-
-    Args:
-        processes: how many.
-        device: "auto", "cpu" or "cuda".
-        arguments: of the command, without its name.
-
-    Returns:
-        The exit code: of the process that failed first, else 0.
-
-    Raises:
-        UserError: fewer GPUs than processes.
-        DscompressError: a process was killed.
-    """
-    if launched():
-        raise UserError(f"--nproc {processes}: a launcher has started this process already; remove --nproc")
-    _device(device, processes, 0)
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    command = ["-m", "compress.cli", *arguments, "--nproc", "1"]
-    try:
-        with tempfile.TemporaryDirectory() as logs:
-            config = LaunchConfig(
-                min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
-                rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=logs),
-            )  # fmt: skip
-            elastic_launch(config, sys.executable)(*command)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return int(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        raise DscompressError(
-            f"process {rank} of {processes} was killed ({name}); run the same command again to continue"
-        ) from None
-    except SignalException as stopped:
-        if stopped.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        return 128 + int(stopped.sigval)
-    return 0
 
 
 def join(device: str) -> str:
@@ -115,7 +71,7 @@ def join(device: str) -> str:
     Raises:
         UserError: fewer GPUs than processes on this machine.
     """
-    global _joined
+    global _joined, _own
     if not launched():
         return device
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -130,8 +86,9 @@ def join(device: str) -> str:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # a launcher that is killed leaves none behind
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
     threads = torch.get_num_threads()
-    _joined = _Joined(rank, world, here, device, PrefixStore("dscompress", store), threads)
-    _joined.device = _device(device, here, local)
+    host = os.environ.get("GROUP_RANK", "0")  # launchers' number; a name may be that of two
+    _joined = _Joined(rank, world, here, device, PrefixStore("dscompress", store), threads, host)
+    _joined.device = _own = device_of(device, here, local)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads // here))
     with _together():
@@ -182,6 +139,11 @@ def here() -> int:
     return 1 if _joined is None else _joined.here
 
 
+def device() -> str | None:
+    """The device that this process has among several ("cuda:1"), alone too; None where it was started alone."""
+    return _own
+
+
 def first(make: Callable[[], T]) -> T:
     """What rank 0 makes, in all processes; they wait for it, as long as it takes."""
     if _joined is None:
@@ -198,6 +160,30 @@ def first(make: Callable[[], T]) -> T:
             _await(_joined.store, key)
         dist.broadcast_object_list(made, src=0)
     return made[0]  # type: ignore[return-value]
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What rank 0 does as in a run of one process, with all threads; the others wait, and get it too."""
+    return first(lambda: _alone(work))
+
+
+def _alone(work: Callable[[], T]) -> T:
+    """Do something as the only process."""
+    global _joined
+    joined = _joined
+    if joined is None:
+        return work()
+    import torch
+
+    threads, place = torch.get_num_threads(), {name: os.environ.pop(name) for name in _PLACE if name in os.environ}
+    torch.set_num_threads(joined.threads)
+    _joined = None
+    try:
+        return work()
+    finally:
+        _joined = joined
+        torch.set_num_threads(threads)
+        os.environ.update(place)
 
 
 def barrier() -> None:
@@ -222,6 +208,60 @@ def total(number: int) -> int:
     import torch
 
     return int(all_reduce(torch.tensor(number, device=_joined.device)))
+
+
+def gather(mine: T) -> list[T]:
+    """What every process has, by rank."""
+    if _joined is None:
+        return [mine]
+    import torch.distributed as dist
+
+    all_: list[T | None] = [None] * _joined.world
+    with _together():
+        dist.all_gather_object(all_, mine)
+    return all_  # type: ignore[return-value]
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a work folder that is not the same one on all hosts.
+
+    Raises:
+        UserError: naming the hosts that have another; said by rank 0.
+    """
+    if _joined is None:
+        return
+    name = first(lambda: _leave_note(folder))
+    note = folder / name
+    try:
+        others = gather(None if _appears(note) else socket.gethostname())
+    finally:
+        if _joined.rank == 0:
+            note.unlink(missing_ok=True)
+    first(lambda: _same(folder, others))
+
+
+def _leave_note(folder: Path) -> str:
+    note = folder / f"{uuid.uuid4().hex}.lock"  # one that a killed process leaves is cleared away
+    note.touch()
+    return note.name
+
+
+def _appears(note: Path) -> bool:
+    until = time.monotonic() + _SHOWN
+    while not note.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK)
+    return True
+
+
+def _same(folder: Path, others: list[str | None]) -> None:
+    hosts = sorted({host for host in others if host is not None})
+    if hosts:
+        raise UserError(
+            f"--work-dir {folder}: is another folder on {', '.join(hosts)} than on {socket.gethostname()}; "
+            "give a --work-dir and an --output on a disk that all hosts share"
+        )
 
 
 def rows(count: int) -> "torch.Tensor | slice":
@@ -261,25 +301,28 @@ def failed(error: DscompressError, say: Callable[[DscompressError], None]) -> in
     if _joined is None:
         say(error)
         return error.exit_code
-    code = _first_failure(_joined.store, error, say)
+    code = _first_failure(_joined.store, _joined.host, error, say)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _first_failure(store: "Store", error: DscompressError, say: Callable[[DscompressError], None]) -> int:
+def _first_failure(store: "Store", host: str, error: DscompressError, say: Callable[[DscompressError], None]) -> int:
     try:
         if isinstance(error, PeerError):  # the one that is gone may tell why, or its launcher ends this one
             with suppress(RuntimeError):
                 store.wait([_CODE], _GRACE)
         if store.add(_FAILURES, 1) > 1:
-            return int(store.get(_CODE))
+            code, there = store.get(_CODE).decode().split()
+            if there != host:
+                time.sleep(_GRACE.total_seconds())  # the launcher here tells of that host, and ends this
+            return int(code)
     except RuntimeError:  # the store is gone with its process
         say(error)
         return error.exit_code
     say(error)
     with suppress(RuntimeError):
-        store.set(_CODE, str(error.exit_code))
+        store.set(_CODE, f"{error.exit_code} {host}")
     return error.exit_code
 
 
@@ -307,8 +350,17 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-def _device(name: str, here: int, local: int) -> str:
-    """The device of process `local` of those on this machine."""
+def device_of(name: str, here: int, local: int) -> str:
+    """The device of process `local` of those on this machine.
+
+    Args:
+        name: "auto", "cpu" or "cuda".
+        here: how many processes this machine has.
+        local: which of them.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+    """
     import torch
 
     count = torch.cuda.device_count()

@@ -15,3 +15,10 @@ def torchao_problem() -> str | None:
         wanted = ".".join(map(str, _TORCHAO))
         return f"torchao {found} is too old; pip install 'torchao>={wanted}'"
     return None
+
+
+def missing_extra(package: str, extra: str) -> str | None:
+    """Why a package of an extra can't be used, and what to do, in one line; None when it is there."""
+    if find_spec(package) is not None:
+        return None
+    return f"{package} is not installed; pip install 'dscompress[{extra}]'"

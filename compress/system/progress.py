@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,13 @@ from rich.text import Text
 from compress.system import interrupts
 
 _PLAIN_INTERVAL = 10.0  # seconds between plain lines
-Advance = Callable[[], None]
+
+
+class Advance(Protocol):
+    """Called once per unit."""
+
+    def __call__(self, note: str = "") -> None:
+        """One unit is done; the note says how."""
 
 
 class Reporter:
@@ -58,18 +65,18 @@ class Reporter:
             done: how many were done before (by an earlier run).
         """
         if self.quiet:
-            yield interrupts.check
+            yield lambda note="": interrupts.check()
         elif self.console.is_terminal:
             columns = (
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn(f"{unit}s"), _Rate(unit), TimeElapsedColumn(),
+                TextColumn(f"{unit}s"), _Rate(unit), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
             )  # fmt: skip
             with Progress(*columns, console=self.console, transient=False) as bars:
-                task = bars.add_task(title, total=total, completed=done, before=done)
+                task = bars.add_task(title, total=total, completed=done, before=done, note="")
 
-                def advance() -> None:
+                def advance(note: str = "") -> None:
                     interrupts.check()
-                    bars.advance(task)
+                    bars.update(task, advance=1, note=note)
 
                 yield advance
         else:
@@ -98,7 +105,7 @@ class _PlainTask:
         self.before, self.done = done, done
         self.started = self.said = time.monotonic()
 
-    def advance(self) -> None:
+    def advance(self, note: str = "") -> None:
         interrupts.check()
         self.done += 1
         now = time.monotonic()
@@ -106,7 +113,7 @@ class _PlainTask:
             return
         self.said = now
         pace = _pace(self.unit, (now - self.started) / (self.done - self.before), self.total - self.done)
-        self.say(f"{self.title}: {self.done}/{self.total} {self.unit}s, {pace}")
+        self.say(f"{self.title}: {self.done}/{self.total} {self.unit}s, {pace}" + (f", {note}" if note else ""))
 
 
 def _pace(unit: str, seconds: float, left: float) -> str:

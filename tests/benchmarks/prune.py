@@ -41,7 +41,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.prune import PatternStage, PruneStage
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 from compress.stages import layerwise
 from compress.stages.contract import Setting
 from compress.stages.prune.plan import plan
@@ -119,7 +119,7 @@ def ways(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     heads = {"shape": {"num_attention_heads": options.heads}}
     cut = {"compensate": False}
     greedy = {"importance": "greedy"}
-    trained = {"reconstruct": "submodule", "steps": options.steps}
+    trained = {"reconstruct": "submodule", "reconstruct_steps": options.steps}
     return {
         "ffn, magnitude": ffn | cut | {"importance": "magnitude"},
         "ffn, activation": ffn | cut | {"importance": "activation"},

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.data.calibration import load_calibration
 from compress.data.documents import Record, Renderer, select
 from compress.data.sources import Row
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"
 PLAIN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

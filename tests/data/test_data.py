@@ -23,7 +23,8 @@ from compress.data.documents import Document, Record, Renderer, shuffle
 from compress.data.packing import collect_tokens, cut_sequences, text_prefix
 from compress.errors import CalibrationError
 from compress.recipe.load import load_calibration_spec
-from compress.recipe.schema import CalibrationSpec, bundled_dir
+from compress.recipe.schema import bundled_dir
+from compress.recipe.text import CalibrationSpec
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"
 CHAT_TEMPLATE = (

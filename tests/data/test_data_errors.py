@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from compress.data import sources
 from compress.data.calibration import load_calibration, load_windows
 from compress.errors import CalibrationError
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-wiki-llama"
 ALLOWED = ".jsonl, .json, .parquet, .txt, each also .gz"

@@ -22,7 +22,8 @@ from compress.quant.error_propagation import PropagatedError
 from compress.quant.grid import Grid
 from compress.quant.statistics import Gram
 from compress.recipe.quantize import WeightOnlyStage
-from compress.recipe.schema import CalibrationSpec, bundled_dir
+from compress.recipe.schema import bundled_dir
+from compress.recipe.text import CalibrationSpec
 from compress.stages.quantize.solve import Solver
 from compress.system.progress import Reporter
 

@@ -14,7 +14,8 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
 from compress.recipe.load import load_recipe
-from compress.recipe.schema import CalibrationSpec, Recipe, json_schema
+from compress.recipe.schema import Recipe, json_schema
+from compress.recipe.text import CalibrationSpec
 from compress.runs.plan import plan_run
 
 

@@ -7,12 +7,16 @@ import pytest
 
 from compress.errors import RecipeError
 from compress.recipe.load import load_recipe
-from compress.recipe.prune import PatternStage, PruneStage, Shape, Target
+from compress.recipe.prune import PatternStage, PruneStage, Target
 from compress.recipe.schema import json_schema
+from compress.recipe.shape import Shape
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: prune\n"
 SIZES = "intermediate_size, num_attention_heads, num_key_value_heads, hidden_size, num_hidden_layers"
-KEYS = "kind, target, shape, axes, importance, compensate, damp, reconstruct, steps, block, multiple_of, allocate"
+KEYS = (
+    "kind, target, shape, axes, importance, compensate, damp, reconstruct, reconstruct_steps, block, multiple_of, "
+    "allocate, heal, steps, schedule"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +182,10 @@ def test_mistakes_in_a_shape(shape: str, problem: str) -> None:
         ("importance: taylor", "importance: 'taylor' is not allowed; use greedy, activation, magnitude or fluctuation"),
         ("damp: 11", "damp: 11 is not allowed; use 10 or less"),
         ("reconstruct: yes", "reconstruct: true is not allowed; use off or submodule"),
+        ("reconstruct_steps: 0", "reconstruct_steps: 0 is not allowed; use 1 or more"),
         ("steps: 0", "steps: 0 is not allowed; use 1 or more"),
+        ("steps: 101", "steps: 101 is not allowed; use 100 or less"),
+        ("schedule: cosine", "schedule: 'cosine' is not allowed; use cubic, linear or geometric"),
         ("block: cosine", "block: 'cosine' is not allowed; use kl or influence"),
         ("multiple_of: 0", "multiple_of: 0 is not allowed; use 1 or more"),
         ("sparsity: 0.5", f"sparsity: unknown key; use {KEYS}"),
@@ -187,6 +194,33 @@ def test_mistakes_in_a_shape(shape: str, problem: str) -> None:
 )
 def test_mistakes_beside_a_target(line: str, problem: str) -> None:
     assert problems("target: {sparsity: 0.3}", line) == [f"r.yaml:7: stages.0.{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (("target: {sparsity: 0.3}", "steps: 2"), "steps need healing in between; give heal, or remove steps"),
+        (
+            ("shape: {intermediate_size: 512}", "heal: {}", "steps: 2"),
+            "steps need a target in sparsity or parameters; give one, or remove steps",
+        ),
+        (
+            ("target: {bytes: 4MB}", "heal: {}", "steps: 2"),
+            "steps need a target in sparsity or parameters; give one, or remove steps",
+        ),
+    ],
+)
+def test_steps_that_have_nothing_to_step_through(lines: tuple[str, ...], problem: str) -> None:
+    assert problems(*lines) == [f"r.yaml:5: stages.0: {problem}"]
+
+
+def test_healing_does_not_change_what_is_pruned() -> None:
+    """So a stage with another healing takes up what was pruned before."""
+    plain = stage("target: {sparsity: 0.3}")
+    for lines in (("heal: {tokens: 5M, loss: ce}",), ("heal: {}", "steps: 3", "schedule: linear")):
+        healed = stage("target: {sparsity: 0.3}", *lines)
+        assert healed != plain and healed.identity() == plain.identity()
+    assert stage("target: {sparsity: 0.3}", "reconstruct_steps: 3").identity() != plain.identity()
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -17,7 +17,8 @@ from compress.recipe.document import Document
 from compress.recipe.load import list_recipes, load_calibration_spec, load_recipe, recipe_text
 from compress.recipe.messages import dotted
 from compress.recipe.quantize import Override
-from compress.recipe.schema import CalibrationSpec, Count, Recipe, bundled_dir, json_schema
+from compress.recipe.schema import Count, Recipe, bundled_dir, json_schema
+from compress.recipe.text import CalibrationSpec
 from compress.system.extras import torchao_problem
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n"
@@ -195,9 +196,10 @@ def test_schema_is_closed_and_describes_every_key() -> None:
         for name, value in part["properties"].items():
             assert "description" in value or part["title"] == "Override", name
     stage = schema["$defs"]["WeightOnlyStage"]
+    alone = [{"$ref": f"#/$defs/{name}"} for name in ("DistillStage", "FinetuneStage")]
     kinds = [("PruneStage", "PatternStage"), ("WeightOnlyStage", "WeightActivationStage")]
     members = [{"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]} for names in kinds]
-    assert schema["properties"]["stages"]["items"] == {"oneOf": members}
+    assert schema["properties"]["stages"]["items"] == {"oneOf": [*alone, *members]}
     assert stage["required"] == ["kind"]
     assert stage["properties"]["kind"]["const"] == "quantize"
     assert stage["properties"]["bits"]["enum"] == [2, 3, 4, 8]

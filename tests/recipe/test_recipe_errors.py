@@ -9,11 +9,10 @@ from compress.errors import RecipeError
 from compress.recipe.load import load_calibration_spec, load_recipe
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: quantize\n"
-RECIPES = (
-    "(bundled: 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_int4_gptq, 8b_int8_dynamic, 8b_int8_static, "
-    "8b_prune_20, cpu_int8, quickstart, smollm2_prune_int4)"
-)
+FOLDER = Path(__file__).parent.parent.parent / "recipes"
+RECIPES = f"(bundled: {', '.join(sorted(file.stem for file in FOLDER.glob('*.yaml')))})"
 SPECS = "(bundled: general_en, general_en_small, wikitext2)"
+KINDS = "distill or finetune or prune or quantize"
 KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, output"
 WHOLE = "is not a whole number; write one such as 128, 64k, 20M or 1B"
 FORM = 'is not path=value, such as stages.0.bits=3; write a part that has dots as ["*.down_proj"]'
@@ -227,9 +226,9 @@ def test_kinds_of_stages() -> None:
     text = "name: a\nmodel: m\noutput: o\nstages:\n- kind: distil\n  alpha: 3\n- bits: 9\n- 4\n- kind: quantise\n"
     lines = problems(text)
     assert lines[:2] + lines[3:] == [
-        "r.yaml:5: stages.0.kind: 'distil' is not allowed; use prune or quantize",
-        "r.yaml:7: stages.1.kind: is missing; add it. What the stage does: prune or quantize.",
-        "r.yaml:9: stages.3.kind: 'quantise' is not allowed; use prune or quantize (did you mean quantize?)",
+        f"r.yaml:5: stages.0.kind: 'distil' is not allowed; use {KINDS} (did you mean distill?)",
+        f"r.yaml:7: stages.1.kind: is missing; add it. What the stage does: {KINDS}.",
+        f"r.yaml:9: stages.3.kind: 'quantise' is not allowed; use {KINDS} (did you mean quantize?)",
     ]
     assert lines[2].startswith("r.yaml:8: stages.2: 4 is not a mapping; write lines of key: value")
 

@@ -71,7 +71,7 @@ def _record(layers: int = 3) -> dict[str, Any]:
                 "kind": "quantize", "seconds": 71.2, "peak_memory_bytes": 1_312_000_000, "peak_gpu_memory_bytes": None,
                 "spec": {"kind": "quantize", "method": "gptq", "bits": 4, "overrides": {"*.down_proj": {"bits": 8}}},
                 "cached": False, "device": "cpu", "dtype": "float32", "resumed_layers": 1, "layers": _layers(layers),
-                "pruned": None,
+                "pruned": None, "trained": None, "parameters": None, "bytes": None, "perplexity": None, "kl": None,
                 "format": "compressed-tensors", "quantized_bits_per_weight": 4.5,
             }
         ],

@@ -16,10 +16,11 @@ from compress.model.checkpoint import Checkpoint
 from compress.prune.axes import anatomy
 from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.quantize import WeightOnlyStage
-from compress.recipe.schema import CalibrationSpec, Recipe
+from compress.recipe.schema import Recipe
+from compress.recipe.text import CalibrationSpec
 from compress.recipe.types import StageSpec
 from compress.runs.builds import check_planned
-from compress.runs.plan import RunPlan, plan_run
+from compress.runs.plan import Part, RunPlan, plan_run
 from compress.stages.contract import Plan
 from compress.stages.prune.plan import plan, planned_shapes
 
@@ -137,14 +138,15 @@ def test_a_shape_that_transformers_refuses_is_said_before_the_run() -> None:
     recipe = Recipe.model_validate(
         {"name": "r", "model": "m", "output": "o", "stages": [{"kind": "prune", "shape": {"num_key_value_heads": 3}}]}
     )
-    stages = [Plan(shapes, builds=True)]
+    part = Part(0, recipe.stages[0], Plan(shapes, builds=True))
     with pytest.raises(RecipeError) as caught:
-        check_planned(RunPlan(recipe, None, text, 32, stages, []))
+        check_planned(RunPlan(recipe, None, text, 32, [part], [], {}))
     (problem,) = caught.value.problems
     assert problem.startswith("stages.0: transformers cannot build this model: ")
     assert "(256) is not a multiple of the number of attention heads (6)" in problem
     assert problem.endswith("; choose another shape") and "/tmp" not in problem
-    check_planned(RunPlan(recipe, None, text, 32, [replace(stages[0], builds=False)], []))
+    part = replace(part, plan=replace(part.plan, builds=False))
+    check_planned(RunPlan(recipe, None, text, 32, [part], [], {}))
 
 
 def test_what_becomes_of_a_pattern_is_said(tmp_path: Path) -> None:

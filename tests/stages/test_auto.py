@@ -13,7 +13,7 @@ from compress.data.calibration import load_calibration, load_windows
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightActivationStage
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 from compress.system.progress import Reporter
 
 CPU, DTYPE = torch.device("cpu"), torch.float32

@@ -17,7 +17,8 @@ from compress.model.checkpoint import Checkpoint
 from compress.quant.gptq import factorize, gptq, round_to_nearest, visiting_order
 from compress.quant.grid import Grid
 from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
-from compress.recipe.schema import CalibrationSpec, bundled_dir
+from compress.recipe.schema import bundled_dir
+from compress.recipe.text import CalibrationSpec
 from compress.stages.quantize.few_tokens import AMPLE, damping, few_tokens, trust
 from compress.stages.quantize.plan import Matrix
 from compress.stages.quantize.solve import Solver

@@ -364,7 +364,7 @@ def test_compensation_and_training_help(tmp_path: Path) -> None:
     parent, shape = make(tmp_path / "model", "llama"), {"intermediate_size": 64, "num_attention_heads": 2}
     there = context(sequences=512)  # eight batches, one of which is not trained on
     plain = prune(parent, tmp_path / "plain", there, shape=shape)
-    trained = prune(parent, tmp_path / "trained", there, shape=shape, reconstruct="submodule", steps=60)
+    trained = prune(parent, tmp_path / "trained", there, shape=shape, reconstruct="submodule", reconstruct_steps=60)
     assert plain.pruned is not None and trained.pruned is not None
     assert plain.pruned.calibration_kl is not None and trained.pruned.calibration_kl is not None
     assert trained.pruned.calibration_kl < plain.pruned.calibration_kl

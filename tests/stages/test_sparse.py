@@ -23,7 +23,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.prune.patterns import has_pattern, magnitude
 from compress.recipe.prune import PatternStage
 from compress.recipe.quantize import QuantizeStage, WeightOnlyStage
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 from compress.records import SparseModule
 from compress.stages.contract import Result, Setting
 from compress.stages.prune.plan import plan

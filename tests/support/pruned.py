@@ -11,7 +11,7 @@ from compress.data.calibration import TokenSet
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint, write_part
 from compress.recipe.prune import PruneStage
-from compress.recipe.schema import CalibrationSpec
+from compress.recipe.text import CalibrationSpec
 from compress.records import Stage
 from compress.stages.contract import Plan, Setting
 from compress.stages.prune.plan import plan

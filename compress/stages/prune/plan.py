@@ -11,10 +11,14 @@ from compress.model.arch import depth_of
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
 from compress.prune.axes import Anatomy, Dims, anatomy, smaller_config
 from compress.prune.search import nearest_legal, search
-from compress.recipe.prune import PatternStage, PruneStage, Shape
+from compress.recipe.prune import PatternStage, PruneStage
+from compress.recipe.shape import Shape
 from compress.recipe.types import StageSpec
 from compress.stages.contract import Plan, Setting
+from compress.stages.prune.steps import parts
 from compress.system.units import count, size
+
+__all__ = ["parts", "plan"]
 
 _WIDE, _NARROW = 128, 64  # what kernels like widths to be a multiple of, in large models and in small ones
 _NARROW_UNDER = 2048
@@ -216,10 +220,11 @@ def _final_bytes(body: Anatomy, setting: Setting, dims: Dims) -> float:
     shapes: Shapes | None = planned_shapes(body, dims)
     for number, stage in enumerate(setting.following):
         rest = replace(setting, where="", following=setting.following[number + 1 :])
-        after = KINDS[stage.kind].plan().plan(stage, shapes, rest)
-        if after.problems or after.shapes is None:
-            return math.inf
-        shapes = after.shapes
+        for part in KINDS[stage.kind].parts(stage, shapes):
+            after = KINDS[part.kind].plan().plan(part, shapes, rest)
+            if after.problems or after.shapes is None:
+                return math.inf
+            shapes = after.shapes
     assert shapes is not None
     return shapes.bytes
 
@@ -231,7 +236,9 @@ def _later_problems(body: Anatomy, setting: Setting, dims: Dims) -> list[str]:
     if not setting.following:
         return []
     stage, *rest = setting.following
-    after = KINDS[stage.kind].plan().plan(stage, planned_shapes(body, dims), replace(setting, following=rest))
+    shapes = planned_shapes(body, dims)
+    part = KINDS[stage.kind].parts(stage, shapes)[0]
+    after = KINDS[part.kind].plan().plan(part, shapes, replace(setting, following=rest))
     return [f"{setting.where}.shape: {words(dims, body.dims)} does not suit what follows: {p}" for p in after.problems]
 
 
@@ -303,7 +310,7 @@ def _lines(
     spec: PruneStage, body: Anatomy, chosen: Sequence[Dims], shapes: Shapes, setting: Setting
 ) -> list[tuple[str, str]]:
     how = spec.ranking + (", compensated" if spec.compensate else "")
-    how += "" if spec.reconstruct == "off" else f", reconstructed ({spec.steps} steps)"
+    how += "" if spec.reconstruct == "off" else f", reconstructed ({spec.reconstruct_steps} steps)"
     rows = [("stage", f"{spec.title} ({how})")]
     for number, dims in enumerate(chosen):
         label = "shape" if len(chosen) == 1 else f"shape {number + 1}"

@@ -193,7 +193,7 @@ class Pruning(LayerTransform):
             ends = Activations([self._narrow(each).to(layer.place) for each in ends], ends.arguments, ends.device)
         module = self.stream.layers[layer.index]
         wanted = Wanted(reader.removesuffix(".weight"), layer.middle or [], ends)
-        found = reconstruct(module, layer.index, states, wanted, linears, self.spec.steps)
+        found = reconstruct(module, layer.index, states, wanted, linears, self.spec.reconstruct_steps)
         layer.pieces |= {name: weight.to(layer.pieces[name].dtype) for name, weight in found.weights.items()}
         self._fill(layer, {name: layer.pieces[name] for name in linears})
         return {"layer_error": found.before, "layer_error_trained": found.after}

@@ -10,7 +10,8 @@ from compress.errors import ModelError
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.prune.axes import Anatomy, Dims, anatomy
-from compress.recipe.prune import PatternStage, PruneStage, Shape
+from compress.recipe.prune import PatternStage, PruneStage
+from compress.recipe.shape import Shape
 from compress.stages.contract import Result
 from compress.stages.layerwise import Layerwise
 from compress.stages.prune import blocks, scores

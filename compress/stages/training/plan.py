@@ -1,0 +1,295 @@
+"""What training will do to a model: shape, steps, memory and time, from config.json and headers alone. Never torch."""
+
+import json
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from compress.errors import DscompressError
+from compress.model.arch import depth_of, positions_of
+from compress.model.checkpoint import Checkpoint
+from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, parameter_count
+from compress.recipe.lengths import fitting_length
+from compress.recipe.load import load_training_texts
+from compress.recipe.prune import PruneStage
+from compress.recipe.shape import Shape
+from compress.recipe.text import TrainingText
+from compress.recipe.train import BASE, DistillShape, DistillStage, TrainStage
+from compress.recipe.types import StageSpec
+from compress.stages.contract import Plan, Setting
+from compress.system.extras import missing_extra
+from compress.system.units import count, size
+from compress.train.body import Body
+from compress.train.flops import PEAKS, step_flops
+from compress.train.log import tracker_problem
+from compress.train.memory import Demand, Setup
+
+_BATCH_TOKENS, _LEAST_STEPS = 32_768, 100
+_EVALUATIONS = 10
+_FULL_RATE, _FULL_WIDTH = (
+    5e-4,
+    576,
+)  # peak of the rate for weights of a model so wide; it falls with the root of the width
+_LORA_RATE, _TEXT_SHARE = 2e-4, 0.2  # text alone pulls a model away from what it knows, and gets less
+_NAMED, _USED = "H100", 0.4  # of its arithmetic, for the hours that a dry run prints
+
+
+def parts(spec: TrainStage, shapes: Shapes | None) -> list[StageSpec]:
+    """A student of another shape is pruned out of the model first, as a stage of its own."""
+    if not isinstance(spec, DistillStage) or spec.shape is None or not spec.shape.sizes:
+        return [spec]
+    sizes = Shape(**spec.shape.sizes)
+    first = PruneStage.model_validate({"kind": "prune", "shape": sizes.model_dump(exclude_none=True)})
+    tied = DistillShape.model_construct(tie_word_embeddings=True) if spec.shape.tie_word_embeddings else None
+    return [first, spec.model_copy(update={"shape": tied})]
+
+
+def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
+    """What the stage will do to a model of these shapes; None where it is not here."""
+    where, problems = setting.where, _missing(spec, setting.where)
+    if isinstance(spec, DistillStage) and spec.student is not None:
+        folder = setting.models.get(spec.student)
+        shapes = None if folder is None else Checkpoint(folder)
+    texts = load_training_texts(spec.data, setting.text)
+    if shapes is None:
+        return Plan(None, problems)
+    problems += _student_problems(spec, shapes, where)
+    teacher = teacher_shapes(spec, setting)
+    if teacher is not None:
+        problems += _teacher_problems(spec, shapes, teacher, where)
+    texts, text_problems = _fitted(texts, shapes, where)
+    problems += text_problems
+    if problems:
+        return Plan(shapes, problems)
+    spec = resolved(spec, shapes, texts)
+    after = _after(spec, shapes)
+    student, length = body_of(after), int(texts[0].length)
+    demand = demand_of(spec, after, None if spec.targets == "cached" else teacher, length, 2, "cuda", 1)
+    return Plan(
+        after,
+        lines=_lines(spec, student, demand, None if teacher is None else body_of(teacher)),
+        disk_bytes=2 * after.bytes + 16 * trainable(spec, after) + spec.tokens * 5,
+        splits=True,
+        spec=spec,
+        builds=after is not shapes,
+    )
+
+
+def _missing(spec: TrainStage, where: str) -> list[str]:
+    """Packages that the stage needs and that are not here, and a tracker."""
+    found = [
+        missing_extra("peft", "train") if spec.lora is not None else None,
+        missing_extra("torchao", "train") if spec.optimizer == "adamw8bit" else None,
+        tracker_problem(spec.tracker),
+    ]
+    return [f"{where}: {problem}" for problem in found if problem]
+
+
+def teacher_shapes(spec: TrainStage, setting: Setting) -> Shapes | None:
+    """The teacher; None where the stage has none, or it is not here."""
+    if not taught(spec):
+        return None
+    if spec.teacher == BASE:
+        return setting.base
+    folder = setting.models.get(spec.teacher)
+    return None if folder is None else Checkpoint(folder)
+
+
+def taught(spec: TrainStage) -> bool:
+    """Whether the stage learns from a teacher."""
+    return spec.losses.used != ["ce"] if isinstance(spec, DistillStage) else spec.loss == "kl"
+
+
+def _student_problems(spec: TrainStage, shapes: Shapes, where: str) -> list[str]:
+    problems = []
+    if shapes.config.get("quantization_config"):
+        problems.append(
+            f"{where}: the model is quantized, and dense weights are trained; put this stage before quantize"
+        )
+    if shapes.config.get("auto_map"):
+        problems.append(f"{where}: the model comes with code of its own; training knows transformers' families only")
+    if problems:
+        return problems
+    if spec.train is not None:
+        names = [name for name in shapes.tensors if any(fnmatchcase(name, glob) for glob in spec.train)]
+        if not names:
+            example = next(iter(shapes.tensors))
+            problems.append(f"{where}.train: no parameter is called {' or '.join(spec.train)}; one is {example}")
+    return problems
+
+
+def _teacher_problems(spec: TrainStage, shapes: Shapes, teacher: Shapes, where: str) -> list[str]:
+    """Why this teacher can't teach this student."""
+    problems = []
+    if teacher.config.get("quantization_config"):
+        problems.append(f"{where}.teacher: is quantized; name a dense model")
+    if (different := tokenizers_differ(shapes.folder, teacher.folder)) is not None:
+        problems.append(
+            f"{where}.teacher: its tokenizer is another one ({different}), so its predictions are of other tokens; "
+            "use a teacher with the student's tokenizer"
+        )
+    if isinstance(spec, DistillStage) and spec.hidden_layers is not None:
+        for what, numbers, model in (
+            ("the student", spec.hidden_layers.keys(), shapes),
+            ("the teacher", spec.hidden_layers.values(), teacher),
+        ):
+            depth = depth_of(model.config) or 0
+            bad = [number for number in numbers if not 0 <= number < depth]
+            if bad:
+                problems.append(f"{where}.hidden_layers: {what} has layers 0 to {depth - 1}, and no {bad[0]}")
+    return problems
+
+
+def tokenizers_differ(one: Path, other: Path) -> str | None:
+    """What differs between two folders' tokenizers, in a few words; None where they give the same tokens."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        files = [folder / "tokenizer.model" for folder in (one, other)]
+        if not all(file.is_file() for file in files):
+            return "they are stored in different forms"
+        return None if files[0].read_bytes() == files[1].read_bytes() else "tokenizer.model"
+    if files[0].read_bytes() == files[1].read_bytes():
+        return None
+    try:
+        first, second = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
+            if first.get(part) != second.get(part):
+                return f"{part.replace('_', ' ')} in tokenizer.json"
+    except (OSError, ValueError, AttributeError):
+        return "tokenizer.json"
+    return None
+
+
+def vocabulary_of(student: Shapes, teacher: Shapes, tokens: int) -> int | None:
+    """Logits that count where two models are padded differently; None: all.
+
+    Args:
+        student: one model.
+        teacher: the other.
+        tokens: of their tokenizer.
+
+    Raises:
+        DscompressError: the smaller one has no logit for a token.
+    """
+    sizes = [int(model.config["vocab_size"]) for model in (student, teacher)]
+    if sizes[0] == sizes[1]:
+        return None
+    if min(sizes) < tokens:
+        raise DscompressError(
+            f"teacher: the vocabularies have {sizes[1]} (teacher) and {sizes[0]} logits and the tokenizer {tokens} "
+            "tokens; they may differ in padding alone"
+        )
+    return min(sizes)
+
+
+def _fitted(texts: Sequence[TrainingText], shapes: Shapes, where: str) -> tuple[list[TrainingText], list[str]]:
+    """The texts with one length, which the model has positions for."""
+    positions = positions_of(shapes.config)
+    lengths = {text.sequence_length for text in texts if text.sequence_length is not None}
+    if len(lengths) > 1:
+        said = " and ".join(map(str, sorted(lengths)))
+        return [], [f"{where}.data: its texts have sequence_length {said}; a batch has one, so give them the same"]
+    length = lengths.pop() if lengths else fitting_length(positions)
+    if positions is not None and length > positions:
+        return [], [f"{where}.data: sequence_length {length} is more than the model's {positions} positions"]
+    return [text.model_copy(update={"sequence_length": length}) for text in texts], []
+
+
+def resolved(spec: TrainStage, shapes: Shapes, texts: Sequence[TrainingText]) -> TrainStage:
+    """The stage with everything filled in that its result hangs on."""
+    length, hidden = texts[0].length, int(shapes.config.get("hidden_size") or _FULL_WIDTH)
+    batch = spec.batch_size or max(1, min(_BATCH_TOKENS // length, spec.tokens // (_LEAST_STEPS * length)))
+    steps = steps_of(spec.tokens, batch, length)
+    full = _FULL_RATE * math.sqrt(_FULL_WIDTH / hidden) * (1.0 if taught(spec) else _TEXT_SHARE)
+    return spec.model_copy(
+        update={
+            "data": list(texts),
+            "batch_size": batch,
+            "learning_rate": spec.learning_rate or float(f"{_LORA_RATE if spec.lora is not None else full:.2g}"),
+            "evaluate_every": spec.evaluate_every or max(1, steps // _EVALUATIONS),
+        }
+    )
+
+
+def steps_of(tokens: int, batch: int, length: int) -> int:
+    """Steps that so many tokens take."""
+    return max(1, -(-tokens // (batch * length)))
+
+
+def _after(spec: TrainStage, shapes: Shapes) -> Shapes:
+    """The student's shapes; a head that is tied from here on is stored no more."""
+    shape = spec.shape if isinstance(spec, DistillStage) else None
+    modules = find_modules(shapes)
+    if shape is None or not shape.tie_word_embeddings or is_tied(shapes, modules):
+        return shapes
+    head = f"{modules.head}.weight"
+    tensors = {name: info for name, info in shapes.tensors.items() if name != head}
+    lost = shapes.tensors[head].bytes if head in shapes.tensors else 0
+    return PlannedShapes(shapes, shapes.config | {"tie_word_embeddings": True}, tensors, shapes.bytes - lost)
+
+
+def body_of(shapes: Shapes) -> Body:
+    """A model in numbers."""
+    config, modules = shapes.config, find_modules(shapes)
+    hidden = int(config.get("hidden_size") or next(iter(modules.linears.values()))[1])
+    heads = int(config.get("num_attention_heads") or 1)
+    width = int(config.get("head_dim") or hidden // heads)
+    vocabulary = int(config.get("vocab_size") or 0)
+    inside = sum(math.prod(shape) for shape in modules.linears.values())
+    layers = depth_of(config) or 1
+    ffn = int(config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden)
+    keys = int(config.get("num_key_value_heads") or heads) * width
+    return Body(
+        parameter_count(shapes), inside + vocabulary * hidden, layers, hidden, ffn, heads * width, keys, vocabulary
+    )
+
+
+def trainable(spec: TrainStage, shapes: Shapes) -> int:
+    """Weights that are trained."""
+    if spec.lora is not None:
+        chosen = _lora_linears(spec.lora.targets, find_modules(shapes).linears)
+        return spec.lora.rank * sum(rows + columns for rows, columns in chosen.values())
+    if spec.train is not None:
+        chosen_names = [name for name in shapes.tensors if any(fnmatchcase(name, glob) for glob in spec.train)]
+        return sum(math.prod(shapes.tensors[name].shape) for name in chosen_names)
+    return parameter_count(shapes)
+
+
+def _lora_linears(targets: Sequence[str] | None, linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Linears that get additions."""
+    return {n: s for n, s in linears.items() if targets is None or any(n.endswith(f".{t}") for t in targets)}
+
+
+def demand_of(
+    spec: TrainStage, shapes: Shapes, teacher: Shapes | None, length: int, width: int, device: str, world: int
+) -> Demand:
+    """What the stage needs memory for; `teacher` where it is asked at each step."""
+    asked = None if teacher is None else body_of(teacher)
+    return Demand(body_of(shapes), trainable(spec, shapes), asked, length, width, device, world)
+
+
+def _lines(spec: TrainStage, student: Body, demand: Demand, teacher: Body | None) -> list[tuple[str, str]]:
+    assert spec.batch_size is not None
+    length = demand.length
+    steps = steps_of(spec.tokens, spec.batch_size, length)
+    tokens = steps * spec.batch_size * length
+    asked = teacher if spec.targets == "online" or teacher is None else None
+    each = step_flops(student, asked, length, demand.trainable / student.parameters)
+    drawn = 0.0 if spec.targets == "online" or teacher is None else teacher.forward(length)
+    total = tokens * (each + drawn)
+    least, most = Setup(1, "adamw8bit", True), Setup(max(1, _BATCH_TOKENS // length), "adamw", False)
+    hours = total / (PEAKS[_NAMED] * _USED) / 3600
+    texts = spec.data if isinstance(spec.data, list) else []
+    names = ", ".join(text if isinstance(text, str) else text.name or Path(text.source).name for text in texts)
+    how = f"lora of rank {spec.lora.rank}" if spec.lora is not None else "all weights" if spec.train is None else "some"
+    return [
+        ("stage", f"{spec.title}: {how}, {count(demand.trainable)} of {count(student.parameters)} parameters trained"),
+        ("text", f"{names}: {steps} steps of {spec.batch_size} x {length}, {count(tokens)} tokens"),
+        ("memory", f"{size(demand.bytes(least))} to {size(demand.bytes(most))} on one GPU, by what is free"),
+        ("time", f"{total:.2g} operations, {_hours(hours)} on an {_NAMED} at {100 * _USED:.0f} % of its arithmetic"),
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{60 * hours:.1f} minutes" if hours < 1 else f"{hours:.1f} hours"

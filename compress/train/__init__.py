@@ -1,0 +1,1 @@
+"""Training: the loop, what it minimises, where a teacher's predictions come from."""

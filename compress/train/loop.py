@@ -1,0 +1,370 @@
+"""The training loop: steps of gradient descent that continue, after a stop at any moment, as if there had been none.
+
+What a step reads is a function of the seed and its number alone, so a run that takes up a state reads the batches that
+it would have read. The gradient is the sum over all tokens with a loss, of all micro-batches and processes, divided by
+their number: how a batch is split changes nothing but rounding.
+
+Left out: accelerate's loop and loader. Sharding and states are torch's own (fully_shard, distributed.checkpoint), and a
+loader that has to be skipped forward is not needed where a batch can be asked for by its number.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.system import distributed
+from compress.system.progress import Reporter
+from compress.train import state
+from compress.train.guard import Guard
+from compress.train.log import Log
+from compress.train.schedule import rate
+from compress.train.trainee import Inputs, Taught, Trainee
+
+Place = tuple[int, int]  # a sequence: its source, its number there
+_SAVE_SECONDS = 300.0
+_SLOWER = 0.3  # of the rate, after the loss broke out
+
+
+class Text(Protocol):
+    """Sequences of tokens, by place."""
+
+    def indices(self, step: int) -> Sequence[Place]:
+        """Those of a step."""
+
+    def read(self, places: Sequence[Place]) -> Any:
+        """Their tokens, the documents inside, and which tokens are scored."""
+
+
+Teach = Callable[[Sequence[Place], Inputs], Taught | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Args:
+        steps: how many.
+        micro_batch: sequences of a forward pass.
+        rate: peak learning rate.
+        warm_up: share of the steps.
+        clip: largest norm of the gradient.
+        held_out: sequences that are measured on.
+        evaluate_every: steps between two measurements.
+        patience: measurements without a better one after which it ends; None: none.
+        save_every: steps between two states; None: by the clock.
+    """
+
+    steps: int
+    micro_batch: int
+    rate: float
+    warm_up: float
+    clip: float
+    held_out: Sequence[Place]
+    evaluate_every: int
+    patience: int | None
+    save_every: int | None
+
+
+@dataclass
+class Progress:
+    """Where training stands, and what has been seen: kept beside each state."""
+
+    step: int = 0
+    slower: float = 1.0  # factor of the rate
+    scored: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    rolled_back: list[int] = field(default_factory=list)
+    stopped: str | None = None
+    ended: bool = False
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best measurement; of equals the later one."""
+        return min(reversed(self.held_out), key=lambda each: each[1], default=None)
+
+
+class Loop:
+    """One run of training.
+
+    Args:
+        trainee: filled and sharded.
+        optimizer: over its trained parameters.
+        text: what is read.
+        teach: what the teacher says of sequences.
+        settings: how.
+        tokens_per_step: of all processes, for the pace.
+        folder: of states and of the log.
+        device: where the trainee is.
+        reporter: told of progress.
+        log: of steps; None in processes that don't write.
+        start_over: fills the trainee and the optimizer as they were at step 0.
+        after_step: called behind each step of the optimizer.
+        flops: operations for one token, and those of all devices in a second; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        optimizer: torch.optim.Optimizer,
+        text: Text,
+        teach: Teach,
+        settings: Settings,
+        tokens_per_step: int,
+        folder: Path,
+        device: torch.device,
+        reporter: Reporter,
+        log: Log | None,
+        start_over: Callable[[], None],
+        after_step: Callable[[], None],
+        flops: tuple[float, float] | None,
+    ) -> None:
+        self.trainee, self.optimizer, self.text, self.teach = trainee, optimizer, text, teach
+        self.settings, self.folder, self.device, self.reporter, self.log = settings, folder, device, reporter, log
+        self.start_over, self.after_step, self.flops = start_over, after_step, flops
+        self.tokens_per_step = tokens_per_step
+        self.progress = Progress()
+        self._since: list[float] = []  # losses since the last point of the curve
+        self._guard = Guard()
+
+    def run(self) -> Progress:
+        """Train to the end, from the newest state that there is; the trainee has the best weights then.
+
+        Raises:
+            NumericalError: the loss breaks out at a lower rate too, before there is a state to end with.
+        """
+        self._resume()
+        settings = self.settings
+        saved = time.monotonic()
+        with self.reporter.task("training", settings.steps, "step", self.progress.step) as advance:
+            if not self.progress.held_out:
+                self._measure()
+            while not self.progress.ended:
+                began = time.monotonic()
+                loss, parts, norm, scored = self._step(self.progress.step)
+                if (problem := self._guard.problem(loss, norm)) is not None:
+                    self._go_back(problem)
+                    self._guard = Guard()
+                    continue
+                self.progress.seconds += time.monotonic() - began
+                self._took(loss, parts, norm, scored, time.monotonic() - began)
+                advance(self._pace(loss, time.monotonic() - began))
+                if self._is_due(settings.evaluate_every) or self.progress.ended:
+                    self._measure()
+                by_clock = settings.save_every is None and distributed.first(
+                    lambda: time.monotonic() - saved > _SAVE_SECONDS  # noqa: B023
+                )
+                by_steps = settings.save_every is not None and self._is_due(settings.save_every)
+                if by_clock or by_steps or self.progress.ended:
+                    self._save()
+                    saved = time.monotonic()
+        self._take_best()
+        return self.progress
+
+    def _pace(self, loss: float, seconds: float) -> str:
+        """How a step went, for the user."""
+        tokens = self.tokens_per_step / seconds
+        mfu = "" if self.flops is None else f", MFU {100 * tokens * self.flops[0] / self.flops[1]:.0f} %"
+        return f"loss {loss:.4g}, {tokens:,.0f} tokens/s{mfu}"
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0
+
+    def _step(self, step: int) -> tuple[float, dict[str, float], float, int]:
+        """Gradient and update; mean loss, means of its terms, norm of the gradient, tokens with a loss."""
+        settings = self.settings
+        places = self._own(self.text.indices(step))
+        micro = [places[n : n + settings.micro_batch] for n in range(0, len(places), settings.micro_batch)]
+        batches = [self.text.read(each) for each in micro]
+        scored = distributed.total(sum(int(batch.scored[:, 1:].sum()) for batch in batches))
+        sums: dict[str, Tensor] = {}
+        factor = settings.rate * self.progress.slower * rate(step, settings.steps, settings.warm_up)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor
+        for each, batch in zip(micro, batches, strict=True):
+            inputs = inputs_of(batch, self.device)
+            loss, parts = self.trainee(inputs, self.teach(each, inputs))
+            _add(sums, parts | {"loss": loss.detach()})
+            (loss * (distributed.world() / max(1, scored))).backward()  # gradients are averaged over processes
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters()), settings.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        means = _means(sums, scored, self.device)
+        loss_, norm_ = means.pop("loss"), float(norm)
+        if loss_ == loss_ and abs(norm_) < float("inf"):
+            self.optimizer.step()
+            self.after_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_, means, norm_, scored
+
+    def _own(self, places: Sequence[Place]) -> Sequence[Place]:
+        """This process's part of a step."""
+        share = len(places) // distributed.world()
+        return places[distributed.rank() * share : (distributed.rank() + 1) * share]
+
+    def _took(self, loss: float, parts: dict[str, float], norm: float, scored: int, seconds: float) -> None:
+        """Note a step that went well."""
+        progress, settings = self.progress, self.settings
+        progress.step += 1
+        progress.scored += scored
+        progress.ended = progress.step >= settings.steps
+        self._since.append(loss)
+        if progress.ended or len(self._since) >= max(1, settings.steps // 200):
+            progress.losses.append((progress.step, sum(self._since) / len(self._since)))
+            self._since.clear()
+        if self.log is not None:
+            self.log.write(
+                progress.step, loss=loss, **parts, norm=norm, scored=scored, seconds=round(seconds, 4),
+                rate=self.optimizer.param_groups[0]["lr"],
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """The loss on sequences that are not trained on."""
+        settings, progress, world = self.settings, self.progress, distributed.world()
+        if not settings.held_out or (progress.held_out and progress.held_out[-1][0] == progress.step):
+            return
+        own = list(settings.held_out[distributed.rank() :: world])
+        rounds = -(-len(settings.held_out[::world]) // settings.micro_batch)  # the same in all processes
+        sums: dict[str, Tensor] = {}
+        count = 0
+        for number in range(rounds):
+            places = own[number * settings.micro_batch : (number + 1) * settings.micro_batch]
+            read = places or settings.held_out[:1]  # sharded layers are read by all together; this one does not count
+            inputs = inputs_of(self.text.read(read), self.device)
+            loss, _ = self.trainee(inputs, self.teach(read, inputs))
+            _add(sums, {"loss": loss if places else torch.zeros_like(loss)})
+            count += len(inputs.rows) if places else 0
+        loss_ = _means(sums, distributed.total(count), self.device)["loss"]
+        before = progress.best
+        progress.held_out.append((progress.step, loss_))
+        if self.log is not None:
+            self.log.write(progress.step, held_out=loss_)
+        self.reporter.say(f"step {progress.step} of {settings.steps}: held-out loss {loss_:.4g}")
+        if before is not None and loss_ <= before[1] and not progress.ended:
+            state.save(self._best(progress.step), self.trainee, None, {"step": progress.step})
+        self._end_early()
+
+    def _end_early(self) -> None:
+        """End where nothing has become better for long."""
+        progress, patience = self.progress, self.settings.patience
+        best = progress.best
+        if patience is None or best is None:
+            return
+        since = [step for step, _ in progress.held_out if step > best[0]]
+        if len(since) >= patience and not progress.ended:
+            progress.ended = True
+            progress.stopped = f"no better for {patience} measurements"
+            self.reporter.say(f"training ends at step {progress.step}: {progress.stopped}")
+
+    def _go_back(self, problem: str) -> None:
+        """Take up the last good state with a lower rate; the second time, end with it."""
+        before, step, newest = self.progress.rolled_back, self.progress.step, self._newest()
+        again = bool(before)
+        if again and newest is None:
+            raise NumericalError(
+                f"training: {problem} at step {step + 1}, with {_SLOWER:g} of the learning rate too; use a lower one, "
+                "and look at the text"
+            )
+        self._take(newest)
+        self.progress.rolled_back = [*before, step + 1]
+        self.progress.slower = _SLOWER
+        where = f"step {step + 1}: {problem}; back to step {self.progress.step}"
+        if again:
+            self.progress.ended, self.progress.stopped = True, f"{problem} at step {step + 1}, after a lower rate too"
+            self.reporter.warn(f"training: {where}, where it ends")
+            return
+        self.reporter.warn(f"training: {where}, with {_SLOWER:g} of the learning rate")
+
+    def _resume(self) -> None:
+        newest = self._newest()
+        if newest is not None:
+            self._take(newest)
+            self.reporter.say(f"continuing behind step {self.progress.step} of {self.settings.steps}")
+        elif self.log is not None:
+            self.log.rewind(-1)
+
+    def _take(self, folder: Path | None) -> None:
+        """Take up a state, or start over."""
+        if folder is None:
+            self.start_over()
+            self.progress = Progress(held_out=self.progress.held_out[:1])
+        else:
+            notes = state.load(folder, self.trainee, self.optimizer)
+            self._since, self._guard = notes.pop("since"), Guard(notes.pop("usual"))
+            self.progress = Progress(
+                **{**notes, "losses": _pairs(notes["losses"]), "held_out": _pairs(notes["held_out"])}
+            )
+        if folder is None:
+            self._since = []
+        if self.log is not None:
+            self.log.rewind(self.progress.step)
+
+    def _newest(self) -> Path | None:
+        """The state of the highest step."""
+        found: Path | None = distributed.first(lambda: max(self.folder.glob("state-" + "[0-9]" * 8), default=None))
+        return found
+
+    def _save(self) -> None:
+        """Keep the state, and no older one."""
+        folder = self.folder / f"state-{self.progress.step:08d}"
+        best = self.progress.best
+        kept = {folder, self._best(best[0])} if best else {folder}
+        older = distributed.first(
+            lambda: [each for name in ("state-*", "best-*") for each in self.folder.glob(name) if each not in kept]
+        )
+        notes = asdict(self.progress) | {"since": self._since, "usual": list(self._guard.losses)}
+        state.save(folder, self.trainee, self.optimizer, notes)
+        if distributed.rank() == 0:
+            for each in older:
+                shutil.rmtree(each, ignore_errors=True)
+
+    def _best(self, step: int) -> Path:
+        """Where the weights of a step lie that measured best when they were written."""
+        return self.folder / f"best-{step:08d}"
+
+    def _take_best(self) -> None:
+        """Give the trainee the weights that measured best."""
+        best = self.progress.best
+        if best is None or best[0] == self.progress.step:
+            return
+        if best[0] == 0:
+            self.start_over()
+        else:
+            state.load(self._best(best[0]), self.trainee, None)
+        self.reporter.say(f"kept: the weights of step {best[0]}, whose held-out loss is the least")
+
+
+def inputs_of(batch: Any, device: torch.device) -> Inputs:
+    """What a forward pass reads, from sequences with their documents and scored tokens.
+
+    A row is a token whose next one is scored, so what is predicted always lies one place further on.
+    """
+    rows = torch.zeros_like(batch.scored)
+    rows[:, :-1] = batch.scored[:, 1:]
+    places = rows.flatten().nonzero()[:, 0]
+    targets = batch.tokens[:, 1:][batch.scored[:, 1:]]
+    moved = [each.to(device, non_blocking=True) for each in (batch.tokens, batch.positions, places, targets)]
+    return Inputs(*moved)
+
+
+def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    for name, value in parts.items():
+        sums[name] = sums[name] + value if name in sums else value.double()
+
+
+def _means(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[str, float]:
+    """Sums over all processes, divided by a count."""
+    stacked = torch.stack(list(sums.values())).to(device)
+    return dict(zip(sums, (distributed.all_reduce(stacked) / max(1, count)).tolist(), strict=True))
+
+
+def _pairs(rows: Sequence[Sequence[Any]]) -> list[tuple[int, float]]:
+    return [(int(step), float(value)) for step, value in rows]

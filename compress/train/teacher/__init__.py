@@ -1,0 +1,1 @@
+"""A teacher's predictions: asked at each step, or drawn once and kept."""

@@ -1,0 +1,18 @@
+"""Runs interpreted_divergence.py: the losses' kernel without a GPU. On one, tests/train/test_losses_gpu.py has it."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which exists for Linux alone")
+def test_the_kernel_in_tritons_interpreter() -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "interpreted_divergence.py")]
+    found = subprocess.run(command, env=environment, cwd=here.parent.parent, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
