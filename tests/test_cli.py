@@ -16,14 +16,17 @@ from finished import FinishedRun
 from safetensors import deserialize, safe_open
 
 from compress import __version__
-from compress.recipe.load import list_recipes
+from compress.recipe.load import list_recipes, recipe_text
 from compress.recipe.schema import bundled_dir
 from compress.records import Quality, Report, read_record
 from compress.system.extras import torchao_problem
 
 RECIPES = [name for name, _ in list_recipes()]
+TRAINS = re.compile(r"^ +(heal:|- kind: (finetune|distill))", re.MULTILINE)
 NEEDS = {"cpu_int8": pytest.mark.skipif(torchao_problem() is not None, reason="torchao is not installed")}
 RUNNABLE = [pytest.param(name, marks=NEEDS.get(name, ())) for name in RECIPES]
+# Those that train are run by test_recipes_that_train.py.
+UNTRAINED = [pytest.param(name, marks=NEEDS.get(name, ())) for name in RECIPES if not TRAINS.search(recipe_text(name))]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "matplotlib")
 
 
@@ -142,7 +145,7 @@ def test_dry_run_writes_nothing(finished_run: FinishedRun, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", UNTRAINED)
 def test_bundled_recipes_run(
     name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ A work folder holds everything that makes a run repeatable and resumable:
       stages/<fingerprint>.part/   one under way: a file for each finished layer
       stages/<fingerprint>.lock    held alone by who makes it, shared by those who use it
       scores/<fingerprint>/        what stages on one model and text share: the order in which parts are removed
+      texts/<fingerprint>/         a text to train on, packed into sequences of tokens
+      teachers/<fingerprint>/      what a teacher said of them
       evaluations/<fingerprint>*   figures, and the base model's last hidden states
       digests.json                 of the base model's files
 

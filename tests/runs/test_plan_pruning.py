@@ -3,9 +3,12 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import invoke
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pruned import SETTING
 from random_models import make_model
 from small_model import TRAINED
@@ -13,14 +16,17 @@ from small_model import TRAINED
 from compress.errors import ModelError, RecipeError
 from compress.loop.skeleton import check_builds
 from compress.model.checkpoint import Checkpoint
+from compress.model.shapes import parameter_count
 from compress.prune.axes import anatomy
 from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.quantize import WeightOnlyStage
 from compress.recipe.schema import Recipe
 from compress.recipe.text import CalibrationSpec
+from compress.recipe.train import DistillStage, FinetuneStage
 from compress.recipe.types import StageSpec
 from compress.runs.builds import check_planned
 from compress.runs.plan import Part, RunPlan, plan_run
+from compress.stages import KINDS
 from compress.stages.contract import Plan
 from compress.stages.prune.plan import plan, planned_shapes
 
@@ -98,6 +104,121 @@ def test_a_dry_run_shows_all_shapes_that_will_be_compared() -> None:
     printed = invoke("run", "recipe.yaml", "--dry-run").stdout
     shapes = re.findall(r"^shape (\d)  (.+)$", printed, re.MULTILINE)
     assert [number for number, _ in shapes] == ["1", "2", "3"] and len(set(shapes)) == 3
+
+
+# stages that stand for several
+
+BODY = anatomy(Checkpoint(TRAINED))
+TOTAL, INSIDE = BODY.total
+
+
+def steps_of(tokens: int = 900_000, **settings: Any) -> tuple[list[int], list[FinetuneStage]]:
+    """The parameters that each step leaves, and its healing."""
+    stage = PruneStage.model_validate({"kind": "prune", "heal": {"tokens": tokens, "loss": "ce"}, **settings})
+    found = KINDS["prune"].parts(stage, Checkpoint(TRAINED))
+    assert [part.kind for part in found] == ["prune", "finetune"] * (len(found) // 2)
+    for part in found[::2]:
+        unchanged = part.model_copy(update={"target": stage.target, "heal": stage.heal, "steps": stage.steps})
+        assert unchanged == stage and part.heal is None
+    return [part.target.parameters for part in found[::2]], found[1::2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.integers(2, 12),
+    sparsity=st.floats(0.05, 0.9),
+    of=st.sampled_from(["all", "layers"]),
+    tokens=st.integers(12, 10**9),
+)
+def test_steps_remove_what_their_schedule_says(steps: int, sparsity: float, of: str, tokens: int) -> None:
+    """All by another rule than the code's: by differences, by ratios, by what is still to be removed."""
+    removed = sparsity * (TOTAL if of == "all" else INSIDE)
+    for schedule in ("linear", "geometric", "cubic"):
+        left, heals = steps_of(
+            tokens, target={"sparsity": sparsity, "of": of}, steps=steps, schedule=schedule
+        )  # fmt: skip
+        assert left[-1] == pytest.approx(TOTAL - removed, abs=0.51)
+        before = [TOTAL, *left[:-1]]
+        if schedule == "linear":
+            assert all(b - a == pytest.approx(removed / steps, abs=1.1) for b, a in zip(before, left, strict=True))
+        elif schedule == "geometric":
+            ratio = (1 - removed / TOTAL) ** (1 / steps)
+            assert all(a / b == pytest.approx(ratio, rel=1e-5) for b, a in zip(before, left, strict=True))
+        else:
+            still = [left_ - (TOTAL - removed) for left_ in before]
+            shares = [(each / removed) ** (1 / 3) for each in still]
+            assert shares == pytest.approx([1 - n / steps for n in range(steps)], abs=1e-3)
+        assert all(b > a for b, a in zip(before, left, strict=True))
+        assert {heal.tokens for heal in heals} == {tokens // steps}
+        assert all((heal.loss, heal.kind) == ("ce", "finetune") for heal in heals)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 1), (0.35, 1), (0.36, 2), (0.57, 2), (0.58, 3), (0.72, 3)])
+def test_where_nobody_says_how_many_steps_none_removes_much_more_than_a_third(share: float, steps: int) -> None:
+    """(1 - 0.35)^n of the model is left behind n steps."""
+    left, heals = steps_of(target={"sparsity": share})
+    assert len(left) == len(heals) == steps
+
+
+def test_one_step_keeps_its_target_and_its_tokens() -> None:
+    for target in ({"sparsity": 0.2}, {"parameters": 5_000_000}, {"bytes": 9_000_000}):
+        stage = PruneStage.model_validate({"kind": "prune", "heal": {"tokens": 77}, "target": target})
+        pruning, heal = KINDS["prune"].parts(stage, Checkpoint(TRAINED))
+        assert (pruning.target, heal.tokens, heal.loss) == (stage.target, 77, "kl")
+    assert KINDS["prune"].parts(pruning, Checkpoint(TRAINED)) == [pruning]  # nothing to heal
+
+
+def test_a_target_in_parameters_is_reached_in_steps() -> None:
+    left, _ = steps_of(target={"parameters": 3_000_000}, steps=3, schedule="linear")
+    assert left[-1] == 3_000_000 and left[0] == pytest.approx(TOTAL - (TOTAL - 3e6) / 3, abs=1)
+
+
+def test_healing_keeps_what_its_settings_say() -> None:
+    stage = PruneStage.model_validate(
+        {
+            "kind": "prune", "target": {"sparsity": 0.2},
+            "heal": {
+                "data": [{"source": "text.txt", "weight": 2.0}], "lora": {"rank": 4}, "teacher": "org/t", "draws": 9,
+                "targets": "cached", "patience": 3,
+            },
+        }
+    )  # fmt: skip
+    _, heal = KINDS["prune"].parts(stage, Checkpoint(TRAINED))
+    assert stage.heal is not None
+    for key in type(stage.heal).model_fields:
+        assert getattr(heal, key) == getattr(stage.heal, key), key
+
+
+def test_a_run_prunes_in_steps_to_about_what_one_step_leaves() -> None:
+    def parameters(**more: Any) -> list[int]:
+        stage = {"kind": "prune", "target": {"sparsity": 0.5}, "axes": ["ffn", "heads"], "multiple_of": 8, **more}
+        recipe = Recipe.model_validate(
+            {
+                "name": "r", "model": str(TRAINED), "output": "out", "stages": [stage],
+                "calibration": {"source": "text.txt", "sequence_length": 32},
+            }
+        )  # fmt: skip
+        planned = plan_run(recipe, TRAINED)
+        assert [part.number for part in planned.parts] == [0] * len(planned.parts)
+        return [parameter_count(part.plan.shapes) for part in planned.parts if part.plan.shapes is not None]
+
+    (once,) = parameters()
+    for schedule in ("cubic", "linear", "geometric"):
+        found = parameters(heal={"tokens": "1M"}, steps=3, schedule=schedule)
+        assert len(found) == 6 and found[::2] == found[1::2]  # healing changes no shape
+        wanted, _ = steps_of(target={"sparsity": 0.5}, steps=3, schedule=schedule)
+        assert found[::2] == pytest.approx(wanted, abs=0.02 * TOTAL)
+        assert found[-1] == pytest.approx(once, abs=0.01 * TOTAL)
+
+
+def test_a_student_of_another_shape_is_pruned_first_and_then_taught() -> None:
+    shape = {"intermediate_size": 512, "num_hidden_layers": 4}
+    stage = DistillStage.model_validate({"kind": "distill", "shape": shape, "temperature": 2.0})
+    pruning, distilling = KINDS["distill"].parts(stage, None)
+    assert pruning == PruneStage.model_validate({"kind": "prune", "shape": shape})
+    assert distilling == stage.model_copy(update={"shape": None})
+    plain = DistillStage.model_validate({"kind": "distill"})
+    assert KINDS["distill"].parts(plain, None) == [plain]
 
 
 def test_bytes_hold_behind_the_last_stage() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) ->
     if distributed.rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    with sharded.mesh_of(context.device) as mesh:
-        return _Training(spec, parent, output, context, mesh).run()
+    with sharded.mesh_of(context.device) as mesh, ExitStack() as held:
+        return _Training(spec, parent, output, context, mesh, held).run()
 
 
 @dataclass
@@ -95,14 +96,16 @@ class _Taught:
 class _Training:
     """One stage under way."""
 
-    def __init__(self, spec: TrainStage, parent: Checkpoint, output: Path, context: Context, mesh: DeviceMesh) -> None:
+    def __init__(
+        self, spec: TrainStage, parent: Checkpoint, output: Path, context: Context, mesh: DeviceMesh, held: ExitStack
+    ) -> None:
         self.spec, self.parent, self.output, self.context, self.mesh = spec, parent, output, context, mesh
-        half = context.dtype if context.dtype == torch.float32 else torch.bfloat16
-        self.compute = half
+        self.held = held
+        self.compute = context.dtype if context.dtype == torch.float32 else torch.bfloat16
         self.started, self.memory = time.monotonic(), PeakMemory(context.device)
         tied = isinstance(spec, DistillStage) and spec.shape is not None and bool(spec.shape.tie_word_embeddings)
         self.student = Student(parent, output / "student", tied)
-        self.mixture: Mixture = texts.mixture_of(spec, parent.folder, context)
+        self.mixture: Mixture = texts.mixture_of(spec, parent.folder, context, held)
         self.steps = texts.planned_steps(spec, self.mixture, context)
         if self.mixture.batch_size % distributed.world():
             raise UserError(
@@ -153,7 +156,7 @@ class _Training:
             return _Taught(teach, self.teacher, online=True)
         size = self.vocabulary or int(self.parent.config["vocab_size"])
         teach, cache = teachers.cached(
-            spec, self.teacher, context, self.mesh, self.compute, self.mixture, self.steps, size
+            spec, self.teacher, context, self.mesh, self.compute, self.mixture, self.steps, size, self.held
         )
         return _Taught(teach, self.teacher, bytes_per_token=cache.bytes_per_token)
 

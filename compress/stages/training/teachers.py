@@ -1,6 +1,7 @@
 """Where a stage's teaching comes from: nobody, a teacher asked at each step, or targets drawn from one before."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from compress.loop.skeleton import skeleton
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
 from compress.recipe.train import BASE, DistillStage, TrainStage
+from compress.stages.training.texts import in_use
 from compress.system import distributed
 from compress.system.fingerprint import fingerprint
 from compress.train.loop import Place, Teach, inputs_of
@@ -85,6 +87,7 @@ def cached(
     mixture: Mixture,
     steps: int,
     vocabulary: int,
+    held: ExitStack,
 ) -> tuple[Teach, TeacherCache]:
     """Targets for all sequences that training will read, drawn now where they are not there yet."""
     assert context.work is not None
@@ -93,7 +96,9 @@ def cached(
     key = fingerprint(
         "teacher", CODE_VERSION, who, str(compute), vocabulary, spec.draws, spec.seed
     )  # texts name the sequences
-    cache = TeacherCache(context.work / "teachers" / key, spec.draws, key)
+    folder = context.work / "teachers" / key
+    held.enter_context(in_use(folder, context))
+    cache = TeacherCache(folder, spec.draws, key)
     places = dict.fromkeys(place for step in range(steps) for place in mixture.indices(step))
     wanted = [(keys[text], number) for text, number in [*mixture.held_out(), *places]]
     for torn in cache.torn:

@@ -1,5 +1,6 @@
 """The text of a training stage: packed once in the work folder, and mixed into batches."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from compress.recipe.text import TrainingText
 from compress.recipe.train import TrainStage
 from compress.stages.training.plan import steps_of
 from compress.system import distributed
+from compress.system.locks import FileLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +42,8 @@ def _sequences(spec: TrainStage) -> list[int]:
     return [-(-total * share // sum(shares)) + spec.held_out + 1 for share in shares]
 
 
-def mixture_of(spec: TrainStage, folder: Path, context: Context) -> Mixture:
-    """Pack the texts, by rank 0, and mix them.
+def mixture_of(spec: TrainStage, folder: Path, context: Context, held: ExitStack) -> Mixture:
+    """Pack the texts, by rank 0, and mix them; `held` keeps others from deleting them.
 
     Raises:
         CalibrationError: a text that can't be read, or is too short.
@@ -60,6 +62,8 @@ def mixture_of(spec: TrainStage, folder: Path, context: Context) -> Mixture:
 
     distributed.first(lambda: [packed(number).sequences for number in range(len(texts))])
     found = [packed(number) for number in range(len(texts))]
+    for each in found:
+        held.enter_context(in_use(each.folder, context))
     for text in found:
         for line in text.warnings:
             context.reporter.warn(line)
@@ -81,3 +85,10 @@ def planned_steps(spec: TrainStage, mixture: Mixture, context: Context) -> int:
     for line in words(mixture.passes(steps)):
         context.reporter.warn(f"training: {line}")
     return steps
+
+
+def in_use(folder: Path, context: Context) -> FileLock:
+    """A lock that this process shares with others that read a folder of the work folder."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    lock.acquire(exclusive=False, waiting=lambda holder: context.reporter.say(f"waiting for {holder}"))
+    return lock
