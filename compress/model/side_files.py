@@ -12,7 +12,7 @@ from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint, sha256
 
 _NOT_COPIED = (  # by first and by last letters: weights, adapters, and what is written anew
-    (".", "config.json", "README.md", RECORD, "report.", "adapter_", "quantize_config.json"),
+    (".", "config.json", "README.md", RECORD, "report.", "adapter_", "quantize_config.json", "train_log."),
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json"),
 )
 _FOLDERS = ("additional_chat_templates",)  # transformers' name for the templates beside the first one

@@ -268,7 +268,7 @@ class Document:
         if "kind" not in error["input"]:
             self.add_problem((*stage, "kind"), f"is missing; add it. What the stage does: {kinds}.")
             return
-        guess = nearest(kind, kinds.split(" or ")) if isinstance(kind, str) else None
+        guess = nearest(kind, re.split(", | or ", kinds)) if isinstance(kind, str) else None
         hint = f" (did you mean {guess}?)" if guess else ""
         self.add_problem((*stage, "kind"), f"{shown_value(kind)} is not allowed; use {kinds}{hint}")
 

@@ -174,6 +174,9 @@ class PruneStage(StageSpec):
             if self.target is None or self.target.bytes is not None:
                 message = "steps need a target in sparsity or parameters; give one, or remove steps"
                 raise PydanticCustomError("prune_steps", message)
+            if self.allocate == "auto":
+                message = "allocate: auto chooses a shape for one step; use allocate: even, or remove steps"
+                raise PydanticCustomError("prune_steps", message)
         if self.allocate == "auto" and not self.compensate:
             message = "auto compares shapes by a divergence that compensate: false does not measure; use even"
             raise PydanticCustomError("prune_allocate", message)

@@ -57,7 +57,9 @@ def _kind(value: object) -> object:
 def _check_kind(value: object) -> object:
     """A kind that is none gets the list of all: no stage's own schema knows it."""
     if isinstance(value, dict) and not (isinstance(kind := value.get("kind"), str) and kind in KINDS):
-        raise PydanticCustomError("stage_kind", "{kinds}", {"kinds": " or ".join(KINDS)})
+        raise PydanticCustomError(
+            "stage_kind", "{kinds}", {"kinds": f"{', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]}"}
+        )
     return value
 
 

@@ -212,6 +212,13 @@ class DistillShape(Shape):
         default=None, description="true: the student's head is its embeddings, whatever the teacher's is."
     )
 
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> "DistillShape":
+        if not self.sizes and not self.tie_word_embeddings:
+            keys = ", ".join(DistillShape.model_fields)
+            raise PydanticCustomError("empty_shape", "says nothing; give it one of {keys}", {"keys": keys})
+        return self
+
 
 class DistillStage(StageSpec, TrainSettings, _Taught):
     """Train a student towards a teacher's predictions."""

@@ -157,10 +157,11 @@ def _fold(recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models
     shapes: Shapes | None = base
     parts: list[Part] = []
     for number, stage in enumerate(recipe.stages):
-        specs = KINDS[stage.kind].parts(stage, shapes)
+        behind = Setting(f"stages.{number}", text, recipe.stages[number + 1 :], base, models)
+        specs = KINDS[stage.kind].parts(stage, shapes, behind)
         for place, spec in enumerate(specs):
             following = [*specs[place + 1 :], *recipe.stages[number + 1 :]]
-            setting = Setting(f"stages.{number}", text, following, base, models)
+            setting = replace(behind, following=following)
             parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
             shapes = parts[-1].plan.shapes
     _check(parts)

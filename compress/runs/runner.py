@@ -126,7 +126,8 @@ def _fitting() -> Iterator[None]:
             raise
         raise DscompressError(
             f"out of memory ({words.splitlines()[0] if words else 'MemoryError'}); use fewer or shorter calibration "
-            "sequences (--set calibration.samples=32) or a device with more, then run again to continue"
+            "sequences (--set calibration.samples=32), a smaller micro_batch in a stage that trains, or a device with "
+            "more, then run again to continue"
         ) from error
 
 

@@ -3,7 +3,7 @@
 A kind is a package with two modules (compress/stages/__init__.py lists them):
 
     plan.py   plan(spec, shapes, setting) -> Plan           never imports torch
-              parts(spec, shapes) -> list of stages         only of a kind that expands: what one of a recipe stands for
+    parts.py  parts(spec, shapes, setting) -> stages        only of a kind that expands: what one of a recipe stands for
     run.py    CODE_VERSION                                  raised when the same inputs give other tensors
               run(spec, parent, output, context) -> Result  resumable: what `output` holds already is continued
               reads(spec, context) -> list                  only of a kind that reads more than calibration text: what

@@ -344,10 +344,27 @@ def _together() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise PeerError(
-            f"another process of this run ended or can't be reached ({reason}); run the same command again to continue"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """The same for torch's own use of the processes, in sharded models and states, beside which other errors occur."""
+    try:
+        yield
+    except RuntimeError as error:
+        import torch.distributed as dist
+
+        if _joined is None or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> PeerError:
+    reason = str(error).splitlines()[0]
+    return PeerError(
+        f"another process of this run ended or can't be reached ({reason}); run the same command again to continue"
+    )
 
 
 def device_of(name: str, here: int, local: int) -> str:

@@ -23,13 +23,14 @@ class Log:
     Args:
         file: where they go; what a run that was stopped has left there stays until `rewind` says where it goes on.
         tracker: "tensorboard", "trackio", "wandb" or None.
+        events: folder of tensorboard's files.
         name: what the tracker calls the run.
         settings: what the tracker notes with it.
     """
 
-    def __init__(self, file: Path, tracker: str | None, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, file: Path, tracker: str | None, events: Path, name: str, settings: dict[str, Any]) -> None:
         self._file = file
-        self._tracker = _tracker(tracker, file.parent, name, settings)
+        self._tracker = _tracker(tracker, events, name, settings)
 
     def rewind(self, step: int) -> None:
         """Drop the lines behind a step; -1 drops all."""
@@ -59,7 +60,7 @@ def _tracker(kind: str | None, folder: Path, name: str, settings: dict[str, Any]
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        writer: Any = SummaryWriter(str(folder / name))
 
         def add(step: int, numbers: dict[str, float]) -> None:
             for key, value in numbers.items():

@@ -188,7 +188,10 @@ class Loop:
         sums: dict[str, Tensor] = {}
         factor = settings.rate * self.progress.slower * rate(step, settings.steps, settings.warm_up)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor
+            if isinstance(group["lr"], Tensor):  # torchao's, which is compiled for it
+                group["lr"].fill_(factor)
+            else:
+                group["lr"] = factor
         for each, batch in zip(micro, batches, strict=True):
             inputs = inputs_of(batch, self.device)
             loss, parts = self.trainee(inputs, self.teach(each, inputs))
@@ -222,7 +225,7 @@ class Loop:
         if self.log is not None:
             self.log.write(
                 progress.step, loss=loss, **parts, norm=norm, scored=scored, seconds=round(seconds, 4),
-                rate=self.optimizer.param_groups[0]["lr"],
+                rate=float(self.optimizer.param_groups[0]["lr"]),
             )  # fmt: skip
 
     @torch.no_grad()

@@ -88,7 +88,7 @@ def test_the_stage_behind_it_is_planned_on_what_it_leaves(folder: Path) -> None:
             ["{kind: scale, factor: 2, widht: 3}", "{kind: scal, factor: 2}"],
             [
                 "recipe.yaml:7: stages.0.widht: unknown key; did you mean width?",
-                "recipe.yaml:8: stages.1.kind: 'scal' is not allowed; use distill or finetune or prune or quantize or "
+                "recipe.yaml:8: stages.1.kind: 'scal' is not allowed; use distill, finetune, prune, quantize or "
                 "scale (did you mean scale?)",
             ],
         ),

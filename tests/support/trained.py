@@ -194,6 +194,17 @@ def sparse(parent: Checkpoint, output: Path) -> Checkpoint:
     return Checkpoint(output / "checkpoint")
 
 
+def missed(found: Tensors, wanted: Tensors, start: Tensors) -> float:
+    """How far tensors are from where they should have gone, as a share of the way.
+
+    Adam divides by the size of a gradient, so where that is next to nothing its rounding shows; such places are few.
+    """
+    assert found.keys() == wanted.keys()
+    off = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in found)
+    way = sum(float((start[name].double() - wanted[name].double()).square().sum()) for name in found)
+    return math.sqrt(off / way)
+
+
 def apart(found: Tensors, wanted: Tensors, names: Sequence[str] | None = None) -> float:
     """The largest difference between tensors of the same names."""
     assert names is not None or found.keys() == wanted.keys()

@@ -107,7 +107,7 @@ class Run:
         self.reporter = Reporter(silent=True)
         self.loop = Loop(
             self.model, optimizer, Numbers(), lambda *_: None, settings, 6, self.folder, CPU, self.reporter,  # type: ignore[arg-type]
-            Log(self.folder / "log.jsonl", None, "test", {}), start_over, self.after or (lambda: None), None,
+            Log(self.folder / "log.jsonl", None, self.folder, "test", {}), start_over, self.after or (lambda: None), None,
         )  # fmt: skip
 
     def __call__(self) -> Progress:
@@ -442,7 +442,7 @@ def test_a_tracker_gets_the_numbers_of_each_line(tmp_path: Path, monkeypatch: py
         "def log(numbers, step):\n    SEEN.append((step, numbers))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    log = Log(tmp_path / "log.jsonl", "trackio", "recipe", {"seed": 3})
+    log = Log(tmp_path / "log.jsonl", "trackio", tmp_path, "recipe", {"seed": 3})
     log.write(1, loss=2.5, note="words")
     import trackio  # type: ignore[import-not-found]
 

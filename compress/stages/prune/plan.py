@@ -15,10 +15,7 @@ from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.shape import Shape
 from compress.recipe.types import StageSpec
 from compress.stages.contract import Plan, Setting
-from compress.stages.prune.steps import parts
 from compress.system.units import count, size
-
-__all__ = ["parts", "plan"]
 
 _WIDE, _NARROW = 128, 64  # what kernels like widths to be a multiple of, in large models and in small ones
 _NARROW_UNDER = 2048
@@ -220,7 +217,7 @@ def _final_bytes(body: Anatomy, setting: Setting, dims: Dims) -> float:
     shapes: Shapes | None = planned_shapes(body, dims)
     for number, stage in enumerate(setting.following):
         rest = replace(setting, where="", following=setting.following[number + 1 :])
-        for part in KINDS[stage.kind].parts(stage, shapes):
+        for part in KINDS[stage.kind].parts(stage, shapes, rest):
             after = KINDS[part.kind].plan().plan(part, shapes, rest)
             if after.problems or after.shapes is None:
                 return math.inf
@@ -237,8 +234,9 @@ def _later_problems(body: Anatomy, setting: Setting, dims: Dims) -> list[str]:
         return []
     stage, *rest = setting.following
     shapes = planned_shapes(body, dims)
-    part = KINDS[stage.kind].parts(stage, shapes)[0]
-    after = KINDS[part.kind].plan().plan(part, shapes, replace(setting, following=rest))
+    behind = replace(setting, following=rest)
+    part = KINDS[stage.kind].parts(stage, shapes, behind)[0]
+    after = KINDS[part.kind].plan().plan(part, shapes, behind)
     return [f"{setting.where}.shape: {words(dims, body.dims)} does not suit what follows: {p}" for p in after.problems]
 
 

@@ -12,11 +12,8 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, parameter_count
 from compress.recipe.lengths import fitting_length
 from compress.recipe.load import load_training_texts
-from compress.recipe.prune import PruneStage
-from compress.recipe.shape import Shape
 from compress.recipe.text import TrainingText
-from compress.recipe.train import BASE, DistillShape, DistillStage, TrainStage
-from compress.recipe.types import StageSpec
+from compress.recipe.train import BASE, DistillStage, TrainStage
 from compress.stages.contract import Plan, Setting
 from compress.system.extras import missing_extra
 from compress.system.units import count, size
@@ -33,16 +30,6 @@ _FULL_RATE, _FULL_WIDTH = (
 )  # peak of the rate for weights of a model so wide; it falls with the root of the width
 _LORA_RATE, _TEXT_SHARE = 2e-4, 0.2  # text alone pulls a model away from what it knows, and gets less
 _NAMED, _USED = "H100", 0.4  # of its arithmetic, for the hours that a dry run prints
-
-
-def parts(spec: TrainStage, shapes: Shapes | None) -> list[StageSpec]:
-    """A student of another shape is pruned out of the model first, as a stage of its own."""
-    if not isinstance(spec, DistillStage) or spec.shape is None or not spec.shape.sizes:
-        return [spec]
-    sizes = Shape(**spec.shape.sizes)
-    first = PruneStage.model_validate({"kind": "prune", "shape": sizes.model_dump(exclude_none=True)})
-    tied = DistillShape.model_construct(tie_word_embeddings=True) if spec.shape.tie_word_embeddings else None
-    return [first, spec.model_copy(update={"shape": tied})]
 
 
 def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
@@ -199,7 +186,8 @@ def _fitted(texts: Sequence[TrainingText], shapes: Shapes, where: str) -> tuple[
 def resolved(spec: TrainStage, shapes: Shapes, texts: Sequence[TrainingText]) -> TrainStage:
     """The stage with everything filled in that its result hangs on."""
     length, hidden = texts[0].length, int(shapes.config.get("hidden_size") or _FULL_WIDTH)
-    batch = spec.batch_size or max(1, min(_BATCH_TOKENS // length, spec.tokens // (_LEAST_STEPS * length)))
+    few = max(1, min(_BATCH_TOKENS // length, spec.tokens // (_LEAST_STEPS * length)))
+    batch = spec.batch_size or 1 << (few.bit_length() - 1)  # which most numbers of processes divide
     steps = steps_of(spec.tokens, batch, length)
     full = _FULL_RATE * math.sqrt(_FULL_WIDTH / hidden) * (1.0 if taught(spec) else _TEXT_SHARE)
     return spec.model_copy(

@@ -79,7 +79,7 @@ def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) ->
     if distributed.rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    with sharded.mesh_of(context.device) as mesh, ExitStack() as held:
+    with distributed.reaching(), sharded.mesh_of(context.device) as mesh, ExitStack() as held:
         return _Training(spec, parent, output, context, mesh, held).run()
 
 
@@ -253,7 +253,9 @@ class _Training:
         )  # fmt: skip
         log = None
         if distributed.rank() == 0:
-            log = Log(self.output / LOG, spec.tracker, context.tracked, spec.model_dump(mode="json"))
+            assert context.work is not None
+            events = context.work / "tensorboard"
+            log = Log(self.output / LOG, spec.tracker, events, context.tracked, spec.model_dump(mode="json"))
         tokens = self.mixture.batch_size * self.mixture.sequence_length
         return Loop(
             trainee, optimizer, self.mixture, taught_.teach, settings, tokens, self.output, context.device,
