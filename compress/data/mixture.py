@@ -1,8 +1,10 @@
 """Several texts as one stream of batches: which sequences a step takes follows from its number alone.
 
 So training that is continued, or split over other processes, sees what it would have seen. The texts' shares are kept
-slot by slot: after any number of sequences, each text has had its share of them to within one. Inside a text, sequences
-come in an order drawn anew for each pass, and each pass takes all of them before the next begins.
+slot by slot: after any number of sequences, each text has had its share of them to within one. Inside a text, the first
+pass goes through the sequences as they were packed, which is in an order of the text's seed; each further one goes in
+an order drawn anew. What is held out are a text's first sequences, and a longer pack of a text begins with a shorter
+one: so several stages hold out the same, and can read on where an earlier one stopped.
 """
 
 import hashlib
@@ -19,7 +21,6 @@ from torch import Tensor
 
 from compress.data.training import Batch, PackedText
 from compress.errors import CalibrationError
-from compress.system.fingerprint import fingerprint
 
 CODE_VERSION = 1  # raised when the same texts give other batches
 LONGEST_CYCLE = 1 << 16  # slots until the order of the texts repeats
@@ -35,21 +36,28 @@ class Mixture:
         texts: of one sequence length.
         weights: each text's share of the sequences, beside the others'. Shares that are no simple ratio are rounded to
             65,536ths.
-        seed: of the order inside the texts.
+        seed: of the order inside the texts, from the second pass on.
         batch_size: B, sequences of a step.
         held_out: sequences that are in no batch, over all texts: at least one of each text that has two, and no more
-            than a tenth of it. They are the same for every seed.
+            than a tenth of it.
+        skipped: sequences that earlier steps have taken, before step 0.
 
     Attributes:
         names: of the texts, each once.
-        fingerprint: a digest of all that decides the batches.
 
     Raises:
         CalibrationError: texts of several sequence lengths.
     """
 
     def __init__(
-        self, texts: Sequence[PackedText], weights: Sequence[float], *, seed: int, batch_size: int, held_out: int
+        self,
+        texts: Sequence[PackedText],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        batch_size: int,
+        held_out: int,
+        skipped: int = 0,
     ) -> None:
         other = next((text for text in texts if text.sequence_length != texts[0].sequence_length), None)
         if other is not None:
@@ -61,20 +69,18 @@ class Mixture:
         self.batch_size = batch_size
         self.sequence_length = texts[0].sequence_length
         self.names = _distinct([text.name for text in texts])
-        self._seed = seed
+        self._seed, self._skipped = seed, skipped
         self._shares = whole_shares(weights)
         self._cycle = cycle(self._shares)
         self._before = [_running_count(self._cycle, number) for number in range(len(texts))]
         counts = held_counts([text.sequences for text in texts], self._shares, held_out)
-        self._held = [_spread(text.sequences, count) for text, count in zip(texts, counts, strict=True)]
+        self._held = counts
         self._trained = [text.sequences - count for text, count in zip(texts, counts, strict=True)]
         self._order = lru_cache(maxsize=2 * len(texts))(self._draw_order)
-        keys = [text.key for text in texts]
-        self.fingerprint = fingerprint("mixture", CODE_VERSION, keys, self._shares, seed, batch_size, held_out)
 
     def indices(self, step: int) -> list[Place]:
         """Which sequences a step takes, counted from 0: B of them."""
-        first = step * self.batch_size
+        first = self._skipped + step * self.batch_size
         taken = [self._taken(number, first) for number in range(len(self.texts))]
         found = []
         for slot in range(first, first + self.batch_size):
@@ -89,8 +95,8 @@ class Mixture:
         return self.read(self.indices(step))
 
     def held_out(self) -> list[Place]:
-        """The sequences that are in no batch, evenly spread over each text."""
-        return [(number, index) for number, held in enumerate(self._held) for index in held]
+        """The sequences that are in no batch, the first ones of each text."""
+        return [(number, index) for number, held in enumerate(self._held) for index in range(held)]
 
     def read(self, places: Sequence[Place]) -> Batch:
         """Some sequences, in the order in which they are asked for."""
@@ -109,8 +115,8 @@ class Mixture:
         return batch
 
     def passes(self, steps: int) -> dict[str, float]:
-        """How often each text has been gone through after so many steps, by its name."""
-        slots = steps * self.batch_size
+        """How often each text has been gone through after so many steps, skipped sequences included, by its name."""
+        slots = self._skipped + steps * self.batch_size
         taken = [self._taken(number, slots) for number in range(len(self.texts))]
         return {name: count / all_ for name, count, all_ in zip(self.names, taken, self._trained, strict=True)}
 
@@ -130,11 +136,12 @@ class Mixture:
 
     def _draw_order(self, number: int, passed: int) -> Tensor:
         """The order in which a pass goes through a text's sequences, without those held out."""
+        order = torch.arange(self._held[number], self.texts[number].sequences)
+        if not passed:
+            return order
         digest = hashlib.sha256(f"{self._seed}:{number}:{passed}".encode()).digest()
         drawn = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        kept = torch.ones(self.texts[number].sequences, dtype=torch.bool)
-        kept[self._held[number]] = False
-        return kept.nonzero().flatten()[torch.randperm(self._trained[number], generator=drawn)]
+        return order[torch.randperm(len(order), generator=drawn)]
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
@@ -200,11 +207,6 @@ def _running_count(slots: Sequence[int], number: int) -> list[int]:
     for slot in slots:
         counts.append(counts[-1] + (slot == number))
     return counts
-
-
-def _spread(count: int, chosen: int) -> list[int]:
-    """So many of the numbers below `count`, evenly spread."""
-    return [(2 * number + 1) * count // (2 * chosen) for number in range(chosen)]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -42,6 +42,12 @@ def skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple
     return model.eval().requires_grad_(False), find_arch(model, config.to_dict())
 
 
+def head_name(model: Any, arch: Arch) -> str:
+    """Name of the output head's module; some families store it under another one (gpt_neox: embed_out)."""
+    heads = {id(model.get_output_embeddings())}
+    return next((name for name, module in model.named_modules() if id(module) in heads), arch.head)
+
+
 def check_builds(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a config of which transformers does not build a model with these tensors.
 

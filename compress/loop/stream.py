@@ -30,7 +30,7 @@ from compress.loop.finite import all_finite
 from compress.loop.groups import Group, Groups, linear_groups
 from compress.loop.interleave import PathsDiffer, Step, interleaved, recompute
 from compress.loop.kv_cache import Change, attention_modules, pass_through
-from compress.loop.skeleton import assign, check_present, set_tensor, skeleton
+from compress.loop.skeleton import assign, check_present, head_name, set_tensor, skeleton
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # a GPU is busy with fewer, but waits for launches
 
@@ -84,8 +84,7 @@ class LayerStream:
         self.device, self.dtype, self.source, self.room = device, dtype, source, room
         self.model, self.arch = skeleton(source.folder, dtype, trust_remote_code)
         self.layers: nn.ModuleList = self.model.get_submodule(self.arch.layers)
-        heads = {id(self.model.get_output_embeddings())}
-        self.head = next((n for n, m in self.model.named_modules() if id(m) in heads), self.arch.head)
+        self.head = head_name(self.model, self.arch)
         held = {self.module_name(name) for name in source.tensors}
         check_present([name for name, _ in self.model.named_parameters() if name not in held])
         self.replaced: dict[str, Tensor] = {}

@@ -62,6 +62,11 @@ class TrainSettings(Closed):
         description="Where a text has fewer tokens: go through it again (wrap; said, with the number of passes), or "
         "train on what there is (stop).",
     )
+    after: Count = Field(
+        default=0,
+        ge=0,
+        description="Tokens of the text to pass over first: what an earlier stage with the same seed was trained on.",
+    )
     assistant_only: bool = Field(
         default=False, description="In conversations, learn only what the assistant says; needs a chat template."
     )
@@ -104,7 +109,7 @@ class TrainSettings(Closed):
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(
         default=None, description="Also log there, if it is installed; the JSON lines are always written."
     )
-    seed: Count = Field(default=0, ge=0, description="Of the order of the text.")
+    seed: Count = Field(default=0, ge=0, description="Of the order of the text, beside the text's own.")
 
     @model_validator(mode="after")
     def _check_trained(self) -> "TrainSettings":
@@ -262,6 +267,11 @@ class DistillStage(StageSpec, TrainSettings, _Taught):
     def calibrates(self) -> bool:
         """Whether the stage looks at calibration text."""
         return False
+
+    @property
+    def starts_from(self) -> str | None:
+        """The student, where it is a model of its own."""
+        return self.student
 
     def identity(self) -> dict[str, Any]:
         """The settings that its result hangs on; texts and models are known by their content."""

@@ -93,6 +93,11 @@ class StageSpec(Closed):
         """The stage in a few words."""
         raise NotImplementedError
 
+    @property
+    def starts_from(self) -> str | None:
+        """Another model that the stage works on, as the recipe calls it; None: what the stage before has made."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """The settings that its result hangs on, as JSON can hold them."""
         return self.model_dump(mode="json")

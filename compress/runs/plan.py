@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.errors import RecipeError
+from compress.data.sources import source_files
+from compress.errors import CalibrationError, ModelError, RecipeError
 from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
 from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
-from compress.recipe.load import load_evaluation_spec
+from compress.recipe.load import load_evaluation_spec, load_training_texts
+from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.schema import Recipe
-from compress.recipe.text import CalibrationSpec, SourceSpec, is_local_source
-from compress.recipe.train import BASE
+from compress.recipe.text import CalibrationSpec, SourceSpec
+from compress.recipe.train import BASE, DistillStage, FinetuneStage
 from compress.recipe.types import StageSpec
 from compress.stages import KINDS
 from compress.stages.contract import Plan, Setting
@@ -130,7 +132,9 @@ def plan_run(recipe: Recipe, folder: Path | None, models: Mapping[str, Path] | N
         ModelError: a damaged or unsupported model, or sequences longer than its positions.
         RecipeError: what does not fit the model; all problems of all stages at once.
     """
-    base = None if folder is None else _open(folder, recipe)
+    base = None if folder is None else _open(folder, recipe.model, recipe.trust_remote_code)
+    for name, other in (models or {}).items():
+        _check_other(name, other, recipe.trust_remote_code)
     positions = None if base is None else positions_of(base.config)
     text = fitted_calibration(recipe, positions)
     windows = (recipe.evaluate and recipe.evaluate.sequence_length) or fitting_length(positions)
@@ -164,22 +168,76 @@ def _fold(recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models
             setting = replace(behind, following=following)
             parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
             shapes = parts[-1].plan.shapes
-    _check(parts)
+    _check(parts, [*_between(parts), *_not_comparable(recipe, base, models)])
     return parts
 
 
-def _check(parts: Sequence[Part]) -> None:
-    problems = list(dict.fromkeys(problem for part in parts for problem in part.plan.problems))
+def _check(parts: Sequence[Part], more: Sequence[str] = ()) -> None:
+    problems = list(dict.fromkeys([*(problem for part in parts for problem in part.plan.problems), *more]))
     if problems:
         raise RecipeError(problems)
 
 
-def _open(folder: Path, recipe: Recipe) -> Checkpoint:
-    base = Checkpoint(folder)
-    check_supported(base.config, {n: info.shape for n, info in base.tensors.items()}, recipe.model)
-    check_code(base.config, recipe.model, recipe.trust_remote_code)
-    check_depth(base)
-    return base
+def _between(parts: Sequence[Part]) -> list[str]:
+    """What stages do to each other that neither sees alone."""
+    problems = []
+    student = zeros = None
+    for part in parts:
+        spec, where = part.spec, f"stages.{part.number}"
+        if spec.starts_from is not None:
+            student, zeros = where, None
+        if isinstance(spec, PatternStage):
+            zeros = where
+        elif isinstance(spec, PruneStage) and spec.reconstruct != "off":
+            zeros = None  # it trains what is left, and may fill them
+        if zeros is not None and getattr(spec, "lora", None) is not None:
+            problems.append(
+                f"{where}.lora: {zeros} makes zeros, and low-rank additions would fill them; train the weights "
+                "themselves (remove lora)"
+            )
+        said = any(problem.startswith(f"{where}.reference: ") for problem in part.plan.problems)
+        if student is not None and getattr(spec, "reference", None) == BASE and not said:
+            problems.append(
+                f"{where}.reference: is base, and {student} goes on with another model (student), whose layers are not "
+                "base's; use parent"
+            )
+    return problems
+
+
+def _not_comparable(recipe: Recipe, base: Checkpoint | None, models: Mapping[str, Path]) -> list[str]:
+    """Students whose logits are not as many as those of the recipe's model, which the evaluation compares them with."""
+    problems = []
+    for number, stage in enumerate(recipe.stages):
+        folder = None if stage.starts_from is None else models.get(stage.starts_from)
+        if base is None or folder is None or recipe.evaluate is None:
+            continue
+        sizes = [model.config.get("vocab_size") for model in (Checkpoint(folder), base)]
+        if sizes[0] == sizes[1]:
+            continue
+        taught = isinstance(stage, DistillStage) and stage.teacher == BASE and stage.losses.used != ["ce"]
+        problems.append(
+            f"stages.{number}.student: has {sizes[0]} logits and the recipe's model {sizes[1]}, and the evaluation "
+            f"compares the two; make the student `model`{f' and {recipe.model} its `teacher`' if taught else ''}"
+        )
+    return problems
+
+
+def _open(folder: Path, name: str, trust_remote_code: bool) -> Checkpoint:
+    """A model that stages can work on; `name` is what the recipe calls it."""
+    found = Checkpoint(folder)
+    check_supported(found.config, {n: info.shape for n, info in found.tensors.items()}, name)
+    check_code(found.config, name, trust_remote_code)
+    check_depth(found)
+    return found
+
+
+def _check_other(name: str, folder: Path, trust_remote_code: bool) -> None:
+    """Refuse a teacher or a student as the recipe's model would be; messages start with what the recipe calls it."""
+    try:
+        _open(folder, name, trust_remote_code)
+    except ModelError as error:
+        said = str(error)
+        raise ModelError(said if said.startswith(name) else f"{name}: {said.removeprefix(f'{folder}: ')}") from error
 
 
 def _check_lengths(planned: RunPlan, base: Checkpoint) -> None:
@@ -203,8 +261,9 @@ def _flattered(planned: RunPlan) -> list[str]:
             "calibrate on another, such as general_en"
         )
     for part in planned.parts:
-        data = getattr(part.plan.spec, "data", None)
-        if isinstance(data, list) and any(_same_text(each, evaluation) for each in data):
+        if not isinstance(part.spec, FinetuneStage | DistillStage):
+            continue
+        if any(_same_text(each, evaluation) for each in load_training_texts(part.spec.data, planned.text)):
             lines.append(
                 f"stages.{part.number}: is trained on the text of the evaluation ({name}), which flatters the reported "
                 "accuracy; train or measure on another"
@@ -213,10 +272,17 @@ def _flattered(planned: RunPlan) -> list[str]:
 
 
 def _same_text(one: SourceSpec, other: SourceSpec) -> bool:
-    """The same file by its bytes, or the same split of a hub dataset; how many samples are drawn does not matter."""
-    if not (is_local_source(one.source) and is_local_source(other.source)):
-        return (one.source, one.subset, one.split) == (other.source, other.subset, other.split)
-    first, second = Path(one.source).expanduser(), Path(other.source).expanduser()
+    """Whether they share a file, by its bytes, or are the same split of a hub dataset; samples do not matter."""
+    try:
+        first, second = source_files(one), source_files(other)
+    except CalibrationError:
+        return False  # reading them says so
+    if first is None or second is None:
+        return first is second and (one.source, one.subset, one.split) == (other.source, other.subset, other.split)
+    return any(_same_file(file, each) for file in first for each in second)
+
+
+def _same_file(first: Path, second: Path) -> bool:
     if not (first.is_file() and second.is_file()):
         return False  # reading them says so
     if first.samefile(second):

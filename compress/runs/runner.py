@@ -105,6 +105,8 @@ def run(
         with job.loader_ahead():
             for number in range(len(job.planned.parts)):
                 spec = job.planned.specs[number]
+                if spec.starts_from is not None:
+                    parent, job.layers = Checkpoint(job.models[spec.starts_from]), None
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
                     result = job.make(number, parent, parent_id, artefact)
@@ -277,8 +279,6 @@ class _Job:
     def went_through(self, number: int, stage: records.Stage, artefact: StageArtefact, result: Checkpoint) -> None:
         """Plan what follows on what a stage has made, which chooses its shape where it compares several."""
         self.made.append(artefact)
-        if stage.trained is not None and getattr(self.planned.specs[number], "student", None) is not None:
-            self.layers = None  # another model's
         if stage.pruned is None:
             return
         before = self.layers or list(range(stage.pruned.before["num_hidden_layers"]))

@@ -4,14 +4,15 @@ Counted as in "Training Compute-Optimal Large Language Models" (arXiv 2203.15556
 whose lookup costs nothing: 2 operations for each weight of a matrix and each token, forward; twice that backward.
 """
 
-from collections.abc import Sequence
+import re
 
 from compress.train.body import Body
 
 # Dense bf16, by the makers' data sheets.
 PEAKS = {
-    "B200": 2.25e15, "H200": 9.89e14, "H100 PCIe": 7.56e14, "H100": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14,
-    "L4": 1.21e14, "A10G": 7.0e13, "A10": 1.25e14, "RTX 5090": 2.09e14, "RTX 4090": 1.65e14, "RTX 3090": 7.1e13,
+    "B200": 2.25e15, "H200": 9.89e14, "H100 PCIe": 7.56e14, "H100 NVL": 8.35e14, "H100": 9.89e14, "A100": 3.12e14,
+    "L40S": 3.62e14, "L40": 1.81e14, "L4": 1.21e14, "A10G": 7.0e13, "A10": 1.25e14, "RTX 5090": 2.09e14,
+    "RTX 4090": 1.65e14, "RTX 3090": 7.1e13,
 }  # fmt: skip
 
 
@@ -33,5 +34,5 @@ def peak_of(gpu: str | None) -> float | None:
     """Operations per second of a GPU by its name; None where it is not known."""
     if gpu is None:
         return None
-    named: Sequence[str] = [name for name in PEAKS if name.lower() in gpu.lower()]
+    named = [name for name in PEAKS if re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", gpu, re.IGNORECASE)]
     return PEAKS[max(named, key=len)] if named else None

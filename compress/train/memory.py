@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compress.errors import UserError
+from compress.system.extras import missing_extra
 from compress.system.units import size
 from compress.train.body import Body
 
@@ -38,6 +39,7 @@ class Demand:
         width: bytes of a number in the forward pass.
         device: "cuda" or "cpu".
         world: processes.
+        cacheable: whether the teacher's targets could be cached instead.
     """
 
     student: Body
@@ -47,6 +49,7 @@ class Demand:
     width: int
     device: str
     world: int = 1
+    cacheable: bool = False
 
     def bytes(self, setup: Setup) -> int:
         """Of one process."""
@@ -98,16 +101,27 @@ class Demand:
                 return setup
             least = needed if least is None else min(least, needed)
         assert least is not None
-        remedies = "lora: {}" if self.trainable == self.student.parameters else "a shorter sequence_length"
-        remedies += ", more processes (--nproc)" if self.device == "cuda" else ""
-        remedies += "" if optimizer == "auto" or optimizer == "adamw8bit" else ", optimizer: adamw8bit"
-        remedies += "" if micro in (None, 1) else ", micro_batch: 1"
-        remedies += "" if again is not False else ", checkpoint_activations: true"
-        remedies += "" if self.teacher is None else ", targets: cached"
+        remedies = self._remedies(micro, optimizer, again)
         raise UserError(
             f"{where}: training needs about {size(least)} in each process and {size(max(0, int(free)))} are free; use "
             f"{remedies}"
         )
+
+    def _remedies(self, micro: int | None, optimizer: str, again: bool | None) -> str:
+        """What takes less, of what has not been tried."""
+        found = ["lora: {}" if self.trainable == self.student.parameters else "a shorter sequence_length"]
+        if self.device == "cuda":
+            found.append("more processes (--nproc)")
+        if optimizer == "adamw":  # named, or what auto comes to without torchao
+            missing = missing_extra("torchao", "train")
+            found.append("optimizer: adamw8bit" + ("" if missing is None else f" ({missing})"))
+        if micro not in (None, 1):
+            found.append("micro_batch: 1")
+        if again is False:
+            found.append("checkpoint_activations: true")
+        if self.teacher is not None and self.cacheable:
+            found.append("targets: cached")
+        return ", ".join(found)
 
     def _setups(self, share: int, micro: int | None, optimizer: str, again: bool | None) -> Iterator[Setup]:
         """The better one first: exact moments before small ones, keeping before computing again, many sequences."""

@@ -223,7 +223,7 @@ def _by_top(count: int, train: Callable[[], Path]) -> Path:
     usual = teachers.online
 
     def online(*arguments: Any) -> Any:
-        teach, asked = usual(*arguments)
+        teach = usual(*arguments)
 
         def top(places: Any, inputs: Any) -> Taught:
             taught = teach(places, inputs)
@@ -236,7 +236,7 @@ def _by_top(count: int, train: Callable[[], Path]) -> Path:
             entropy = -torch.special.entr(shares).sum(-1).neg()
             return Taught(sampled=Sampled(ids, shares, entropy))
 
-        return top, asked
+        return top
 
     teachers.online = online
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import invoke
 from dense_losses import dense_terms
 from peft import LoraConfig, get_peft_model
 from quantized import PROBE, opens
@@ -93,7 +94,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def assert_arrived(folder: Path, wanted: Tensors, start: Checkpoint) -> None:
     """The weights are those wanted, but for two ten-thousandths of the way there."""
     found = weights(folder)
-    assert missed(found, wanted, weights(start.folder)) < 2e-4 and apart(found, wanted) < 5e-5
+    assert missed(found, wanted, weights(start.folder)) < 2e-4 and apart(found, wanted) < 1e-4
 
 
 def mixture(stage: TrainStage, models: Models, work: Path, parent: Checkpoint | None = None) -> Mixture:
@@ -232,7 +233,7 @@ def test_the_temperature_is_applied(models: Models, tmp_path: Path) -> None:
         stage = spec(models.text, kind="distill", temperature=temperature, steps=1)
         train(models.small, tmp_path / str(number) / "out", stage, base=models.base)
         first.append(log_of(tmp_path / str(number) / "out")[0]["held_out"])
-    assert first[1] < 0.9 * 16 * first[0] and first[1] != pytest.approx(first[0], rel=0.01)
+    assert first[1] < 0.9 * 16 * first[0] and first[1] != pytest.approx(first[0], rel=1e-3)
 
 
 def test_how_a_batch_is_split_changes_nothing(models: Models, tmp_path: Path) -> None:
@@ -398,13 +399,24 @@ def test_a_head_that_is_tied_from_now_on_is_the_embeddings_and_is_stored_no_more
     assert torch.equal(logits, read_part(tmp_path / "out" / PROBE)[0]["logits"])
 
 
-def test_a_student_of_its_own_is_trained_instead_of_the_parent(models: Models, tmp_path: Path) -> None:
-    there = context(tmp_path / "work", models.base, small=models.small.folder)
-    stage = spec(models.text, kind="distill", student="small")
-    record = train(models.base, tmp_path / "out", stage, there)
-    assert trained(record).held_out[-1][1] < trained(record).held_out[0][1]
-    after = weights(tmp_path / "out" / "checkpoint")
-    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in weights(models.small.folder).items()}
+def test_a_student_of_its_own_is_trained_and_keeps_its_own_files(
+    models: Models, tiny_model: Path, tmp_path: Path
+) -> None:
+    student, output = tmp_path / "student", tmp_path / "out"
+    shutil.copytree(tiny_model, student)
+    (student / "chat_template.jinja").write_text("{{ messages }}")
+    stage = f"{{kind: distill, student: {student}, losses: {{ce: 1}}, tokens: 512, batch_size: 4, held_out: 2"
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: a\nmodel: {tiny_model}\noutput: {output}\nevaluate: false\n"
+        f"stages:\n  - {stage}, data: {{source: {models.text}, sequence_length: 32}}}}\n"
+    )
+    for _ in range(2):  # the second time what the first one made is taken up
+        result = invoke("run", tmp_path / "recipe.yaml")
+        assert result.exit_code == 0, result.stderr
+        assert (output / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "distill: finished before" in result.stderr
+    before, after = weights(student), weights(output)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 # Which weights are kept

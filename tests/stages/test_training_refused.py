@@ -3,19 +3,24 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from quantized import quantize
 from random_models import make_model
+from tokenizers import Tokenizer
 from trained import LENGTH, Heard, context, planned, sparse, spec, train, trained, write_text
 
 from compress.errors import CalibrationError, DscompressError, ModelError, UserError
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.quantize import WeightOnlyStage
+from compress.stages.training import plan as plan_module
 from compress.stages.training import run as run_module
+from compress.stages.training.plan import tokenizers_differ, tokens_of
 from compress.stages.training.run import reads
 from compress.train import trainee
 
@@ -88,6 +93,75 @@ def test_a_teacher_with_another_tokenizer(base: Checkpoint, text: Path, tmp_path
     assert "(they are stored in different forms)" in problem(base, text, Checkpoint(tmp_path / "other"), loss="kl")
 
 
+def tokenizer_folder(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+    return folder
+
+
+GPT2 = {"vocab__json": '{"a": 0, "b": 1}', "merges__txt": "#version: 0.2\na b\n"}
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "different"),
+    [
+        (GPT2, {"vocab__json": '{"a": 0,\n "b": 1}'}, None),  # laid out otherwise
+        (GPT2, {"vocab__json": '{"a": 1, "b": 0}'}, "vocab.json"),
+        (GPT2, {"merges__txt": "#version: 0.2\nb a\n"}, "merges.txt"),
+        (GPT2, {"added_tokens__json": '{"<x>": 2}'}, "added_tokens.json"),
+        (GPT2, {"vocab__json": "{"}, "vocab.json"),
+        ({"tokenizer__model": "abc"}, {}, None),
+        ({"tokenizer__model": "abc"}, {"tokenizer__model": "abd"}, "tokenizer.model"),
+        ({"vocab__txt": "a\nb\n"}, {"vocab__txt": "b\na\n"}, "vocab.txt"),
+    ],
+)
+def test_tokenizers_of_older_forms_are_compared_by_their_files(
+    form: dict[str, str], change: dict[str, str], different: str | None, tmp_path: Path
+) -> None:
+    one, two = tokenizer_folder(tmp_path / "one", **form), tokenizer_folder(tmp_path / "two", **form | change)
+    assert tokenizers_differ(one, two) == tokenizers_differ(two, one) == different
+    assert tokenizers_differ(one, tmp_path / "two" / ".." / "one") is None
+    # beside a tokenizer.json that the other lacks, the files that both have decide
+    (two / "tokenizer.json").write_text("{}")
+    assert tokenizers_differ(one, two) == tokenizers_differ(two, one) == different
+
+
+def test_a_folder_has_its_own_tokenizer_whatever_it_is(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path / "one", tekken__json="{}")
+    (tmp_path / "link").symlink_to(folder)
+    assert tokenizers_differ(folder, folder) is None and tokenizers_differ(folder, tmp_path / "link") is None
+    other = tokenizer_folder(tmp_path / "two", tekken__json="{}")
+    assert tokenizers_differ(folder, other) == "they are stored in different forms"
+
+
+@pytest.mark.parametrize(
+    ("losses", "teacher", "said"),
+    [
+        (
+            {"ce": 1},
+            None,
+            "student: its tokenizer is not that of the recipe's model (model in tokenizer.json), and what it becomes is "
+            "measured on that one's tokens; make the student `model`",
+        ),
+        ({"kl": 1}, "same", "student: its tokenizer is not that of the recipe's model (model in tokenizer.json)"),
+        ({"kl": 1}, None, "teacher: its tokenizer is another one (model in tokenizer.json)"),  # base; said once
+    ],
+)
+def test_a_student_of_its_own_with_another_tokenizer(
+    losses: dict[str, int], teacher: str | None, said: str, base: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base.folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"] = dict(zip(tokenizer["model"]["vocab"], reversed(range(4096)), strict=False))
+    file.write_text(json.dumps(tokenizer))
+    stage = spec(text, kind="distill", student="own", losses=losses, **({"teacher": teacher} if teacher else {}))
+    (found,) = planned(base, stage, own=tmp_path / "other", same=tmp_path / "other").problems
+    assert found.startswith(f"stages.0.{said}")
+    assert not planned(base, stage, own=base.folder, same=base.folder).problems
+
+
 def test_layers_that_a_model_does_not_have(base: Checkpoint, text: Path) -> None:
     stage = {"kind": "distill", "losses": {"kl": 1, "hidden": 1}, "hidden_layers": {0: 1, 2: 1, 1: 7}}
     assert planned(base, spec(text, **stage)).problems == [
@@ -157,6 +231,29 @@ def test_too_little_memory_says_what_to_lower(
         assert not list(output.glob("state-*"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "cacheable"),
+    [
+        ({"loss": "kl"}, True),
+        ({"kind": "distill"}, True),
+        ({"kind": "distill", "losses": {"kl": 1, "ce": 0.5}}, True),
+        ({"kind": "distill", "temperature": 2}, False),
+        ({"kind": "distill", "losses": {"reverse_kl": 1}}, False),
+        ({"kind": "distill", "losses": {"kl": 1, "hidden": 1}, "hidden_layers": {0: 0}}, False),
+    ],
+)
+def test_cached_targets_are_a_remedy_where_the_recipe_may_say_them(
+    settings: dict[str, Any], cacheable: bool, base: Checkpoint, text: Path
+) -> None:
+    """What the recipe's own schema allows is the reference."""
+    demand = run_module.demand_of(spec(text, **settings), base, base, LENGTH, 4, "cpu", 1)
+    with pytest.raises(UserError) as caught:
+        demand.choose(1, 0, "stages.0", None, "auto", None)
+    assert str(caught.value).endswith(", targets: cached") == cacheable
+    with nullcontext() if cacheable else pytest.raises(ValidationError):
+        spec(text, **settings, targets="cached")
+
+
 def test_small_moments_are_not_chosen_where_nothing_can_keep_them(
     base: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,8 +264,11 @@ def test_small_moments_are_not_chosen_where_nothing_can_keep_them(
     )
     there = context(tmp_path / "work", base)
     limited = type(there)(**{**vars(there), "max_memory": (exact + small) // 2})
-    with pytest.raises(UserError, match="training needs about"):
+    with pytest.raises(UserError, match="training needs about") as caught:
         train(base, tmp_path / "out", spec(text), limited)
+    assert str(caught.value).endswith(
+        "lora: {}, optimizer: adamw8bit (torchao is not installed; pip install 'dscompress[train]')"
+    )
 
 
 def test_a_micro_batch_that_is_changed_counts_when_training_goes_on(
@@ -187,18 +287,45 @@ def test_a_batch_that_processes_cannot_share(
 ) -> None:
     monkeypatch.setattr("compress.stages.training.run.distributed.world", lambda: 3)
     assert fails(base, text, tmp_path / "out", UserError) == (
-        "batch_size: 4 sequences can't be shared by 3 processes; use a multiple of their number"
+        "batch_size: 4 sequences can't be shared by 3 processes; use a multiple of their number, such as 6"
     )
 
 
-def test_a_vocabulary_that_lacks_tokens(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_lacks_tokens(
+    base: Checkpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run where tokenizer.json says how many tokens there are, and else before the first step."""
     small = Checkpoint(make_model(tmp_path / "small", dtype=torch.float32, vocab_size=4000))
-    with pytest.raises(DscompressError) as caught:
-        train(base, tmp_path / "out", spec(text, loss="kl"), base=small)
-    assert str(caught.value) == (
+    said = (
         "teacher: the vocabularies have 4000 (teacher) and 4096 logits and the tokenizer 4096 tokens; they may differ "
-        "in padding alone"
+        "in padding alone: use a teacher and a student with a logit for each token"
     )
+    assert problem(base, text, small, loss="kl") == f"stages.0.{said}"
+    monkeypatch.setattr(plan_module, "tokens_of", lambda folder: None)
+    with pytest.raises(UserError) as caught:
+        train(base, tmp_path / "out", spec(text, loss="kl"), base=small)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        {"a": 0, "b": 1, "<s>": 2},
+        [["<s>", 0.0], ["a", -1.0], ["b", -2.0]],  # unigram
+    ],
+)
+def test_tokens_are_counted_once_as_the_tokenizers_library_counts_them(vocabulary: Any, tmp_path: Path) -> None:
+    models: dict[str, Any] = {"type": "Unigram", "vocab": vocabulary, "unk_id": 0}
+    if isinstance(vocabulary, dict):
+        models = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": models}))
+    tokenizer.add_tokens(["<s>", "<new>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokens_of(tmp_path) == tokenizer.get_vocab_size() == 4
+    for damaged in ("{", "[]", '{"model": {}}', '{"model": {"vocab": 3}}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        assert tokens_of(tmp_path) is None
+    assert tokens_of(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize(
@@ -266,12 +393,12 @@ def test_additions_to_a_matrix_whose_zeros_are_wanted(base: Checkpoint, text: Pa
     )
 
 
-def test_additions_to_linears_that_are_not_there(base: Checkpoint, text: Path, tmp_path: Path) -> None:
-    found = fails(base, text, tmp_path / "out", UserError, lora={"targets": ["qkv"]})
-    assert found == (
-        "lora.targets: no linear of the layers is called qkv; use down_proj, gate_proj, k_proj, o_proj, q_proj, "
-        "up_proj, v_proj"
+def test_additions_to_linears_that_are_not_there(base: Checkpoint, text: Path) -> None:
+    assert problem(base, text, lora={"targets": ["qkv", "proj"]}) == (
+        "stages.0.lora.targets: no linear of the layers is called qkv, proj; use down_proj, gate_proj, k_proj, o_proj, "
+        "q_proj, up_proj, v_proj"
     )
+    assert not planned(base, spec(text, lora={"targets": ["qkv", "q_proj"]})).problems
 
 
 def test_a_text_that_is_too_short_or_has_no_assistant(base: Checkpoint, tmp_path: Path) -> None:

@@ -370,7 +370,15 @@ class Teacher:
 def _fill(cache: TeacherCache, teacher: Teacher, names: list[SequenceName], at_once: int = 2) -> int:
     """Returns how often it advanced."""
     steps = count()
-    fill(cache, names, teacher, vocabulary=VOCABULARY, seed=0, at_once=at_once, advance=lambda: next(steps))
+    fill(
+        cache,
+        cache.missing(names),
+        teacher,
+        vocabulary=VOCABULARY,
+        seed=0,
+        at_once=at_once,
+        advance=lambda: next(steps),
+    )
     return next(steps)
 
 

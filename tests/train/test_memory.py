@@ -148,7 +148,7 @@ def test_what_is_chosen_fits_and_is_what_was_asked_for(
 
 
 def test_where_nothing_fits_the_message_names_the_least_and_what_to_lower() -> None:
-    asked = demand(body(), teacher=body())
+    asked = demand(body(), teacher=body(), cacheable=True)
     with pytest.raises(UserError) as caught:
         asked.choose(16, 1e9, "finetune", 4, "adamw", False)
     least = asked.bytes(Setup(4, "adamw", False))
@@ -161,6 +161,30 @@ def test_where_nothing_fits_the_message_names_the_least_and_what_to_lower() -> N
     assert float(found[1]) == pytest.approx(least / 1e9, abs=0.01)
     with pytest.raises(UserError, match="use a shorter sequence_length$"):
         replace(asked, trainable=100, teacher=None, device="cpu").choose(16, 1e8, "finetune", None, "auto", None)
+    with pytest.raises(UserError, match=r"use lora: \{\}$"):
+        replace(asked, cacheable=False, device="cpu").choose(16, 1e8, "finetune", None, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("here", "optimizer", "said"),
+    [
+        (True, "adamw", "use lora: {}, optimizer: adamw8bit"),
+        (
+            False,
+            "adamw",
+            "use lora: {}, optimizer: adamw8bit (torchao is not installed; pip install 'dscompress[train]')",
+        ),
+        (True, "adamw8bit", "use lora: {}"),
+        (True, "auto", "use lora: {}"),  # it has tried both
+    ],
+)
+def test_small_moments_are_a_remedy_where_they_were_not_tried(
+    here: bool, optimizer: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.system.extras.find_spec", lambda name: object() if here else None)
+    with pytest.raises(UserError) as caught:
+        demand(body(), device="cpu").choose(16, 1e8, "finetune", None, optimizer, None)
+    assert str(caught.value).endswith(f"; {said}")
 
 
 # Operations

@@ -26,7 +26,11 @@ def parts(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Setti
     settings = spec.heal.model_dump(exclude_unset=True)
     tokens = max(1, spec.heal.tokens // len(stages))
     heal = FinetuneStage(**settings | {"kind": "finetune", "loss": spec.heal.loss, "tokens": tokens})
-    return [each for stage in stages for each in (stage, heal)]
+    return [
+        each
+        for number, stage in enumerate(stages)
+        for each in (stage, heal.model_copy(update={"after": heal.after + number * tokens}))
+    ]
 
 
 def _in_steps(spec: PruneStage, alone: PruneStage, shapes: Shapes, setting: Setting) -> list[PruneStage]:

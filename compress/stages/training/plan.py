@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from compress.errors import DscompressError
+from compress.errors import UserError
 from compress.model.arch import depth_of, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, parameter_count
@@ -29,6 +29,8 @@ _FULL_RATE, _FULL_WIDTH = (
     576,
 )  # peak of the rate for weights of a model so wide; it falls with the root of the width
 _LORA_RATE, _TEXT_SHARE = 2e-4, 0.2  # text alone pulls a model away from what it knows, and gets less
+_TOKENIZER = "tokenizer.json"
+_OLDER_FORMS = (("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _NAMED, _USED = "H100", 0.4  # of its arithmetic, for the hours that a dry run prints
 
 
@@ -45,6 +47,8 @@ def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
     teacher = teacher_shapes(spec, setting)
     if teacher is not None:
         problems += _teacher_problems(spec, shapes, teacher, where)
+    if spec.starts_from is not None and setting.base is not None and teacher is not setting.base:
+        problems += _stranger_problems(shapes, setting.base, where)
     texts, text_problems = _fitted(texts, shapes, where)
     problems += text_problems
     if problems:
@@ -103,7 +107,24 @@ def _student_problems(spec: TrainStage, shapes: Shapes, where: str) -> list[str]
         if not names:
             example = next(iter(shapes.tensors))
             problems.append(f"{where}.train: no parameter is called {' or '.join(spec.train)}; one is {example}")
+    if spec.lora is not None:
+        linears = find_modules(shapes).linears
+        if not _lora_linears(spec.lora.targets, linears):
+            called = ", ".join(spec.lora.targets or [])
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            problems.append(f"{where}.lora.targets: no linear of the layers is called {called}; use {known}")
     return problems
+
+
+def _stranger_problems(student: Shapes, base: Shapes, where: str) -> list[str]:
+    """Why a student of its own can't take the place of the recipe's model."""
+    different = tokenizers_differ(student.folder, base.folder)
+    if different is None:
+        return []
+    return [
+        f"{where}.student: its tokenizer is not that of the recipe's model ({different}), and what it becomes is "
+        "measured on that one's tokens; make the student `model`"
+    ]
 
 
 def _teacher_problems(spec: TrainStage, shapes: Shapes, teacher: Shapes, where: str) -> list[str]:
@@ -116,6 +137,8 @@ def _teacher_problems(spec: TrainStage, shapes: Shapes, teacher: Shapes, where: 
             f"{where}.teacher: its tokenizer is another one ({different}), so its predictions are of other tokens; "
             "use a teacher with the student's tokenizer"
         )
+    elif (problem := _vocabulary_problem(shapes, teacher)) is not None:
+        problems.append(f"{where}.{problem}")
     if isinstance(spec, DistillStage) and spec.hidden_layers is not None:
         for what, numbers, model in (
             ("the student", spec.hidden_layers.keys(), shapes),
@@ -130,22 +153,51 @@ def _teacher_problems(spec: TrainStage, shapes: Shapes, teacher: Shapes, where: 
 
 def tokenizers_differ(one: Path, other: Path) -> str | None:
     """What differs between two folders' tokenizers, in a few words; None where they give the same tokens."""
-    files = [folder / "tokenizer.json" for folder in (one, other)]
-    if not all(file.is_file() for file in files):
-        files = [folder / "tokenizer.model" for folder in (one, other)]
-        if not all(file.is_file() for file in files):
-            return "they are stored in different forms"
-        return None if files[0].read_bytes() == files[1].read_bytes() else "tokenizer.model"
-    if files[0].read_bytes() == files[1].read_bytes():
+    if one.resolve() == other.resolve():
+        return None
+    if all((folder / _TOKENIZER).is_file() for folder in (one, other)):
+        return _tokenizer_files_differ(one / _TOKENIZER, other / _TOKENIZER)
+    for form in _OLDER_FORMS:
+        if all((folder / name).is_file() for folder in (one, other) for name in form):
+            names = (*form, "added_tokens.json")
+            return next((name for name in names if _content(one / name) != _content(other / name)), None)
+    return "they are stored in different forms"
+
+
+def _tokenizer_files_differ(one: Path, other: Path) -> str | None:
+    """What differs between two files tokenizer.json, as to the tokens that they give."""
+    if one.read_bytes() == other.read_bytes():
         return None
     try:
-        first, second = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        first, second = (json.loads(file.read_text(encoding="utf-8")) for file in (one, other))
         for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
             if first.get(part) != second.get(part):
-                return f"{part.replace('_', ' ')} in tokenizer.json"
+                return f"{part.replace('_', ' ')} in {_TOKENIZER}"
     except (OSError, ValueError, AttributeError):
-        return "tokenizer.json"
+        return _TOKENIZER
     return None
+
+
+def _content(file: Path) -> object:
+    """What a tokenizer's file holds, however its JSON is laid out; None without it."""
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    try:
+        return json.loads(content) if file.suffix == ".json" else content
+    except ValueError:
+        return content
+
+
+def tokens_of(folder: Path) -> int | None:
+    """Tokens that a folder's tokenizer.json names; None where that does not say it."""
+    try:
+        said = json.loads((folder / _TOKENIZER).read_text(encoding="utf-8"))
+        vocabulary = said["model"]["vocab"]
+        names = set(vocabulary) if isinstance(vocabulary, dict) else {name for name, _ in vocabulary}
+        return len(names | {token["content"] for token in said.get("added_tokens") or []})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def vocabulary_of(student: Shapes, teacher: Shapes, tokens: int) -> int | None:
@@ -157,17 +209,28 @@ def vocabulary_of(student: Shapes, teacher: Shapes, tokens: int) -> int | None:
         tokens: of their tokenizer.
 
     Raises:
-        DscompressError: the smaller one has no logit for a token.
+        UserError: the smaller one has no logit for a token.
     """
+    problem = _vocabulary_problem(student, teacher, tokens)
+    if problem is not None:
+        raise UserError(problem)
     sizes = [int(model.config["vocab_size"]) for model in (student, teacher)]
-    if sizes[0] == sizes[1]:
+    return None if sizes[0] == sizes[1] else min(sizes)
+
+
+def _vocabulary_problem(student: Shapes, teacher: Shapes, tokens: int | None = None) -> str | None:
+    """Why two models' logits can't be compared; without `tokens`, as far as the student's tokenizer.json tells."""
+    sizes = [model.config.get("vocab_size") for model in (student, teacher)]
+    known = [size for size in sizes if isinstance(size, int)]
+    if sizes[0] == sizes[1] or len(known) < len(sizes):
         return None
-    if min(sizes) < tokens:
-        raise DscompressError(
-            f"teacher: the vocabularies have {sizes[1]} (teacher) and {sizes[0]} logits and the tokenizer {tokens} "
-            "tokens; they may differ in padding alone"
-        )
-    return min(sizes)
+    tokens = tokens_of(student.folder) if tokens is None else tokens
+    if tokens is None or min(known) >= tokens:
+        return None
+    return (
+        f"teacher: the vocabularies have {sizes[1]} (teacher) and {sizes[0]} logits and the tokenizer {tokens} tokens; "
+        "they may differ in padding alone: use a teacher and a student with a logit for each token"
+    )
 
 
 def _fitted(texts: Sequence[TrainingText], shapes: Shapes, where: str) -> tuple[list[TrainingText], list[str]]:
@@ -254,7 +317,12 @@ def demand_of(
 ) -> Demand:
     """What the stage needs memory for; `teacher` where it is asked at each step."""
     asked = None if teacher is None else body_of(teacher)
-    return Demand(body_of(shapes), trainable(spec, shapes), asked, length, width, device, world)
+    return Demand(body_of(shapes), trainable(spec, shapes), asked, length, width, device, world, _cacheable(spec))
+
+
+def _cacheable(spec: TrainStage) -> bool:
+    """Whether a teacher's targets can be drawn once and kept: for forward KL at temperature 1."""
+    return not isinstance(spec, DistillStage) or (set(spec.losses.used) <= {"kl", "ce"} and spec.temperature == 1)
 
 
 def _lines(spec: TrainStage, student: Body, demand: Demand, teacher: Body | None) -> list[tuple[str, str]]:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from compress import records
+from compress.data import mixture
 from compress.data.mixture import Mixture, whole_shares
 from compress.errors import UserError
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
+from compress.model.shapes import find_modules
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.train import DistillStage, TrainStage
 from compress.stages.contract import Result
@@ -39,7 +41,7 @@ from compress.train.losses.fused import Weights
 from compress.train.memory import Setup
 from compress.train.trainee import Objective, Trainee
 
-CODE_VERSION = (1, teachers.CODE_VERSION)
+CODE_VERSION = (1, teachers.CODE_VERSION, mixture.CODE_VERSION)
 LOG = "train_log.jsonl"
 _EAGER, _WORTH_COMPILING = 0.15, 600.0  # share of a GPU's arithmetic without compiling; seconds
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
@@ -48,15 +50,17 @@ _BETAS, _EPSILON = (0.9, 0.95), 1e-8
 def reads(spec: TrainStage, context: Context) -> list[Any]:
     """What identifies the texts, the teacher and a student of its own: for the stage's fingerprint."""
     assert context.base is not None and context.work is not None
-    folder = context.base.folder
-    found: list[Any] = []
-    if isinstance(spec, DistillStage) and spec.student is not None:
-        folder = context.models[spec.student]
-        found.append(identity(Checkpoint(folder), context.work))
-    if taught(spec):
-        found.append(identity(teachers.teacher_of(spec, context), context.work))
-    shares = whole_shares([text.weight for text in texts.texts_of(spec)])
-    return [*found, texts.keys_of(spec, load_tokenizer(folder, context.trust_remote_code)), shares]
+    work, base = context.work, context.base.folder
+    folder = base if spec.starts_from is None else context.models[spec.starts_from]
+    models = [] if spec.starts_from is None else [Checkpoint(folder)]
+    models += [teachers.teacher_of(spec, context)] if taught(spec) else []
+    tokenizer = load_tokenizer(folder, context.trust_remote_code)
+
+    def found() -> list[Any]:
+        shares = whole_shares([text.weight for text in texts.texts_of(spec)])
+        return [[identity(model, work) for model in models], texts.keys_of(spec, tokenizer), shares]
+
+    return distributed.first(found)
 
 
 def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) -> Result:
@@ -64,7 +68,7 @@ def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) ->
 
     Args:
         spec: the stage, resolved.
-        parent: a dense checkpoint; what is trained, unless the stage names another.
+        parent: a dense checkpoint, what is trained.
         output: folder of states, parts and, at the end, `output/checkpoint`; what is there already is continued.
         context: device, base, work folder, progress.
 
@@ -74,8 +78,6 @@ def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) ->
         NumericalError: the loss breaks out.
         OutputError: nothing can be written.
     """
-    if isinstance(spec, DistillStage) and spec.student is not None:
-        parent = Checkpoint(context.models[spec.student])
     if distributed.rank() == 0:
         output.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
@@ -107,10 +109,11 @@ class _Training:
         self.student = Student(parent, output / "student", tied)
         self.mixture: Mixture = texts.mixture_of(spec, parent.folder, context, held)
         self.steps = texts.planned_steps(spec, self.mixture, context)
-        if self.mixture.batch_size % distributed.world():
+        batch, world = self.mixture.batch_size, distributed.world()
+        if batch % world:
             raise UserError(
-                f"batch_size: {self.mixture.batch_size} sequences can't be shared by {distributed.world()} processes; "
-                "use a multiple of their number"
+                f"batch_size: {batch} sequences can't be shared by {world} processes; use a multiple of their number, "
+                f"such as {-(-batch // world) * world}"
             )
         self.teacher = teachers.teacher_of(spec, context) if taught(spec) else None
         self.vocabulary = None if self.teacher is None else self._vocabulary(self.teacher)
@@ -132,7 +135,7 @@ class _Training:
         fill(
             trainee, decoder, self.student, names, self.mesh, self.compute, self.context.device, setup, self._compiled()
         )
-        zeros = zeros_of(trainee, names)
+        zeros = zeros_of(trainee, names, find_modules(self.parent).linears)
         self._check_zeros(zeros)
         loop = self._loop(trainee, names, taught_, setup, zeros)
         progress = loop.run()
@@ -152,9 +155,9 @@ class _Training:
         if self.teacher is None:
             return _Taught(teachers.nobody)
         if spec.targets == "online":
-            teach, _ = teachers.online(spec, self.teacher, context, self.mesh, self.compute, self._compiled())
+            teach = teachers.online(spec, self.teacher, context, self.mesh, self.compute, self._compiled())
             return _Taught(teach, self.teacher, online=True)
-        size = self.vocabulary or int(self.parent.config["vocab_size"])
+        size = self.vocabulary or body_of(self.parent).vocabulary
         teach, cache = teachers.cached(
             spec, self.teacher, context, self.mesh, self.compute, self.mixture, self.steps, size, self.held
         )
@@ -169,9 +172,10 @@ class _Training:
         return Objective(weights, spec.losses.hidden, spec.hidden_layers, self.vocabulary)
 
     def _widths(self) -> tuple[int, int] | None:
-        if self.teacher is None:
+        """Of student and teacher, where hidden states are compared."""
+        if self.teacher is None or not isinstance(self.spec, DistillStage) or self.spec.hidden_layers is None:
             return None
-        return int(self.parent.config["hidden_size"]), int(self.teacher.config["hidden_size"])
+        return body_of(self.parent).hidden, body_of(self.teacher).hidden
 
     def _setup(self, taught_: _Taught) -> Setup:
         """What memory allows; the choice is kept, so that training that is continued goes on as it began."""
@@ -181,7 +185,7 @@ class _Training:
         demand = demand_of(
             spec, self.parent, asked, self.mixture.sequence_length, self.compute.itemsize, context.device.type, world
         )
-        free = self._free(asked)
+        free = min(distributed.gather(self._free(asked)))
         kept, wanted = self.output / f"setup-{world}.json", [spec.micro_batch, spec.checkpoint_activations]
 
         def choose() -> list[Any]:

@@ -6,7 +6,7 @@ taken off here alone.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
@@ -19,18 +19,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from compress import records
 from compress.errors import UserError
 from compress.loop.activations import Activations
-from compress.loop.skeleton import skeleton
+from compress.loop.skeleton import check_present, head_name, skeleton
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules, has_own_head, is_tied
 from compress.recipe.train import Lora
 from compress.stages.layerwise import LayerTransform, check_finite
+from compress.system import distributed
+from compress.system.files import write_text
 from compress.train import sharded
 from compress.train.memory import Setup
 from compress.train.trainee import Objective, Trainee
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SPARSE = 0.25  # share of zeros from which on a matrix's zeros are kept
+_SPARSE = 0.01  # share of zeros from which on those of a linear are kept; trained weights have next to none
 
 
 class Student:
@@ -55,8 +57,10 @@ class Student:
         self.tensors: Mapping[str, Any] = {n: i for n, i in parent.tensors.items() if not (drop and n == head)}
         self.embeddings = f"{modules.embeddings}.weight"
         self.gather: Gather | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.json", json.dumps(self.config))
+        distributed.barrier()
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Tensors in the dtype in which they are stored."""
@@ -118,8 +122,7 @@ def build(
     """The trainee on the meta device, its decoder layers, and for each parameter its tensor in the checkpoint."""
     model, arch = skeleton(student.folder, torch.float32, trust_remote_code)
     decoder: nn.ModuleList = model.get_submodule(arch.layers)
-    heads = {id(model.get_output_embeddings())}
-    head = next((n for n, m in model.named_modules() if id(m) in heads), arch.head)
+    head = head_name(model, arch)
     if lora is not None:
         _add_lora(model, lora, f"{arch.layers}.")
     trainee = Trainee(model, decoder, objective, widths)
@@ -131,6 +134,8 @@ def build(
             stored = arch.head + rest
         if stored in student.tensors:
             names[own] = stored
+    new = (".lora_", "projections.")
+    check_present([own for own, _ in trainee.named_parameters() if own not in names and not any(n in own for n in new)])
     return trainee, decoder, names
 
 
@@ -196,11 +201,11 @@ def initial(own: str, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def zeros_of(trainee: Trainee, names: Mapping[str, str]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Matrices of which so many weights are zero that an earlier stage has made them so, and where those are."""
+def zeros_of(trainee: Trainee, names: Mapping[str, str], linears: Collection[str]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Linears of which so many weights are zero that an earlier stage has made them so, and where those are."""
     found = []
     for own, parameter in trainee.named_parameters():
-        if own not in names or parameter.dim() != 2 or not parameter.is_floating_point():
+        if names.get(own, "").removesuffix(".weight") not in linears:
             continue
         zeros = sharded.own_part(parameter) == 0
         share = sharded.mean_over_processes(zeros, parameter.numel())

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from compress.data.mixture import Mixture
 from compress.loop.context import Context
-from compress.loop.skeleton import skeleton
+from compress.loop.skeleton import head_name, skeleton
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
 from compress.recipe.train import BASE, DistillStage, TrainStage
@@ -41,7 +40,7 @@ def nobody(_: Sequence[Place], __: Inputs) -> None:
 
 def online(
     spec: TrainStage, teacher: Checkpoint, context: Context, mesh: DeviceMesh, compute: torch.dtype, compiled: bool
-) -> tuple[Teach, OnlineTeacher]:
+) -> Teach:
     """A teacher that is asked once for each forward pass of the student."""
     asked = open_teacher(teacher, context, mesh, compute, compiled)
     layers = tuple((spec.hidden_layers or {}).values()) if isinstance(spec, DistillStage) else ()
@@ -49,7 +48,7 @@ def online(
     def teach(_: Sequence[Place], inputs: Inputs) -> Taught:
         return Taught(asked(inputs, layers), asked.head)
 
-    return teach, asked
+    return teach
 
 
 def open_teacher(
@@ -58,8 +57,7 @@ def open_teacher(
     """The teacher, ready to be asked."""
     model, arch = skeleton(teacher.folder, torch.float32, context.trust_remote_code)
     decoder: nn.ModuleList = model.get_submodule(arch.layers)
-    heads = {id(model.get_output_embeddings())}
-    head = next((n for n, m in model.named_modules() if id(m) in heads), arch.head)
+    head = head_name(model, arch)
 
     def load(names: Sequence[str]) -> dict[str, Tensor]:
         stored = {name: _stored(name, head, arch.head, teacher) for name in names}
@@ -148,8 +146,3 @@ def _ask(
     own = [missing[n % len(missing)] for n in range(distributed.rank() * share, (distributed.rank() + 1) * share)]
     with context.reporter.task("asking the teacher", len(own), "sequence") as advance:
         fill(cache, own, rows_of, vocabulary=vocabulary, seed=spec.seed, at_once=at_once, advance=advance)
-
-
-def teacher_name(spec: TrainStage, base: str) -> str:
-    """What reports call the teacher."""
-    return base if spec.teacher == BASE else Path(spec.teacher).name

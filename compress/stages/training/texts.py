@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from compress.data.mixture import Mixture, whole_shares, words
 from compress.data.training import PackedText, pack, text_key
+from compress.errors import UserError
 from compress.loop.context import Context
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.text import TrainingText
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def texts_of(spec: TrainStage) -> list[TrainingText]:
     """The texts of a stage whose plan has filled them in."""
     assert isinstance(spec.data, list)
-    return [text for text in spec.data if isinstance(text, TrainingText)]
+    texts = [text for text in spec.data if isinstance(text, TrainingText)]
+    return [text.model_copy(update={"seed": text.seed + spec.seed}) for text in texts]
 
 
 def keys_of(spec: TrainStage, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -37,9 +39,16 @@ def _sequences(spec: TrainStage) -> list[int]:
     """How many sequences each text is asked for: its share of the steps', and what is held out."""
     texts = texts_of(spec)
     assert spec.batch_size is not None
-    total = steps_of(spec.tokens, spec.batch_size, texts[0].length) * spec.batch_size
+    total = _skipped(spec) + steps_of(spec.tokens, spec.batch_size, texts[0].length) * spec.batch_size
     shares = whole_shares([text.weight for text in texts])
     return [-(-total * share // sum(shares)) + spec.held_out + 1 for share in shares]
+
+
+def _skipped(spec: TrainStage) -> int:
+    """Sequences that earlier steps have taken."""
+    assert spec.batch_size is not None
+    length = texts_of(spec)[0].length
+    return steps_of(spec.after, spec.batch_size, length) * spec.batch_size if spec.after else 0
 
 
 def mixture_of(spec: TrainStage, folder: Path, context: Context, held: ExitStack) -> Mixture:
@@ -51,7 +60,8 @@ def mixture_of(spec: TrainStage, folder: Path, context: Context, held: ExitStack
     """
     assert context.work is not None and spec.batch_size is not None
     tokenizer = load_tokenizer(folder, context.trust_remote_code)
-    keys, texts, wanted = keys_of(spec, tokenizer), texts_of(spec), _sequences(spec)
+    keys = distributed.first(lambda: keys_of(spec, tokenizer))
+    texts, wanted = texts_of(spec), _sequences(spec)
 
     def packed(number: int) -> PackedText:
         return pack(
@@ -68,7 +78,9 @@ def mixture_of(spec: TrainStage, folder: Path, context: Context, held: ExitStack
         for line in text.warnings:
             context.reporter.warn(line)
     weights = [text.weight for text in texts]
-    return Mixture(found, weights, seed=spec.seed, batch_size=spec.batch_size, held_out=spec.held_out)
+    return Mixture(
+        found, weights, seed=spec.seed, batch_size=spec.batch_size, held_out=spec.held_out, skipped=_skipped(spec)
+    )
 
 
 def planned_steps(spec: TrainStage, mixture: Mixture, context: Context) -> int:
@@ -76,12 +88,17 @@ def planned_steps(spec: TrainStage, mixture: Mixture, context: Context) -> int:
     steps = steps_of(spec.tokens, mixture.batch_size, mixture.sequence_length)
     if spec.exhausted == "stop":
         there = mixture.steps_before_exhausted()
+        if not there:
+            raise UserError(
+                f"exhausted: stop, and the text has no {mixture.batch_size} sequences of {mixture.sequence_length} "
+                "tokens for a step; add text, use a smaller batch_size, or exhausted: wrap"
+            )
         if there < steps:
             context.reporter.warn(
                 f"training: the text has tokens for {there} steps and not {steps}; training stops there, as exhausted: "
                 "stop says"
             )
-            steps = max(1, there)
+            steps = there
     for line in words(mixture.passes(steps)):
         context.reporter.warn(f"training: {line}")
     return steps

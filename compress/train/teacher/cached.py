@@ -229,27 +229,26 @@ def fill(
     at_once: int,
     advance: Callable[[], None],
 ) -> None:
-    """Ask the teacher for what is missing. Killed and called again, it asks about the same sequences together.
+    """Ask the teacher. Killed and called again for what is missing, it asks about the same sequences together.
 
     Args:
         cache: where to.
-        sequences: all that will be read.
+        sequences: that are missing; of several processes that share a teacher, each asks about as many.
         rows_of: the teacher.
         vocabulary: how many logits count, the first ones; a head may have more, for padding.
         seed: of the draws.
         at_once: sequences that the teacher is asked about together.
-        advance: called once for each sequence that was missing.
+        advance: called once for each sequence.
 
     Raises:
         NumericalError: the teacher's logits are NaN or inf.
         OutputError: as `TeacherCache`.
     """
-    missing = cache.missing(sequences)
     found: dict[SequenceName, Draws] = {}
     size, started = 0, time.monotonic()
     try:
-        for first in range(0, len(missing), at_once):
-            asked = missing[first : first + at_once]
+        for first in range(0, len(sequences), at_once):
+            asked = list(sequences[first : first + at_once])
             hidden_ND, head, rows = rows_of(asked)
             pieces = hidden_ND.split(rows)
             group = [_targets(*each, head, cache.draws, vocabulary, seed) for each in zip(asked, pieces, strict=True)]
