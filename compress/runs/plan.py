@@ -16,7 +16,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
 from compress.recipe.lengths import fitted_calibration, fitting_length, shortened
 from compress.recipe.load import load_evaluation_spec, load_training_texts
-from compress.recipe.prune import PatternStage, PruneStage
+from compress.recipe.prune import PatternStage
 from compress.recipe.schema import Recipe
 from compress.recipe.text import CalibrationSpec, SourceSpec
 from compress.recipe.train import BASE, DistillStage, FinetuneStage
@@ -188,8 +188,6 @@ def _between(parts: Sequence[Part]) -> list[str]:
             student, zeros = where, None
         if isinstance(spec, PatternStage):
             zeros = where
-        elif isinstance(spec, PruneStage) and spec.reconstruct != "off":
-            zeros = None  # it trains what is left, and may fill them
         if zeros is not None and getattr(spec, "lora", None) is not None:
             problems.append(
                 f"{where}.lora: {zeros} makes zeros, and low-rank additions would fill them; train the weights "

@@ -31,3 +31,8 @@ class Guard:
                 return f"the loss is {loss:.3g} where it was {usual:.3g}"
         self.losses.append(loss)
         return None
+
+
+def held_out_problem(loss: float) -> str | None:
+    """What is wrong with a measurement, in a few words."""
+    return None if math.isfinite(loss) else f"the held-out loss is {loss}"

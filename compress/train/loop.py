@@ -4,11 +4,13 @@ What a step reads is a function of the seed and its number alone, so a run that 
 it would have read. The gradient is the sum over all tokens with a loss, of all micro-batches and processes, divided by
 their number: how a batch is split changes nothing but rounding.
 
+Where it goes back to when the loss breaks out hangs on step numbers alone: to the newest state at a measurement, or to
+the start. States in between, by the clock or by `save_every`, are only for continuing.
+
 Left out: accelerate's loop and loader. Sharding and states are torch's own (fully_shard, distributed.checkpoint), and a
 loader that has to be skipped forward is not needed where a batch can be asked for by its number.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +24,7 @@ from compress.errors import NumericalError
 from compress.system import distributed
 from compress.system.progress import Reporter
 from compress.train import state
-from compress.train.guard import Guard
+from compress.train.guard import Guard, held_out_problem
 from compress.train.log import Log
 from compress.train.schedule import rate
 from compress.train.trainee import Inputs, Taught, Trainee
@@ -56,9 +58,9 @@ class Settings:
         warm_up: share of the steps.
         clip: largest norm of the gradient.
         held_out: sequences that are measured on.
-        evaluate_every: steps between two measurements.
+        evaluate_every: steps between two measurements, behind each of which there is a state.
         patience: measurements without a better one after which it ends; None: none.
-        save_every: steps between two states; None: by the clock.
+        save_every: steps between two further states; None: by the clock.
     """
 
     steps: int
@@ -79,7 +81,8 @@ class Progress:
     step: int = 0
     slower: float = 1.0  # factor of the rate
     scored: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the steps up to here
+    earlier: float = 0.0  # seconds that earlier processes trained, measured and saved
     losses: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     rolled_back: list[int] = field(default_factory=list)
@@ -134,40 +137,47 @@ class Loop:
         self.progress = Progress()
         self._since: list[float] = []  # losses since the last point of the curve
         self._guard = Guard()
+        self._began = time.monotonic()
 
     def run(self) -> Progress:
         """Train to the end, from the newest state that there is; the trainee has the best weights then.
 
         Raises:
-            NumericalError: the loss breaks out at a lower rate too, before there is a state to end with.
+            NumericalError: the loss breaks out at a lower rate too, before there is a state to end with, or is no
+                number before the first step.
+            OutputError: a state can't be written.
+            UserError: a state is damaged.
         """
-        self._resume()
+        self._began = time.monotonic()
+        try:
+            self._resume()
+            self._train()
+            self._take_best()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return self.progress
+
+    def _train(self) -> None:
         settings = self.settings
         saved = time.monotonic()
         with self.reporter.task("training", settings.steps, "step", self.progress.step) as advance:
-            if not self.progress.held_out:
-                self._measure()
+            if not self.progress.held_out and (problem := self._measure()) is not None:
+                raise NumericalError(f"training: {problem} before the first step; look at the model and the text")
             while not self.progress.ended:
-                began = time.monotonic()
-                loss, parts, norm, scored = self._step(self.progress.step)
-                if (problem := self._guard.problem(loss, norm)) is not None:
-                    self._go_back(problem)
-                    self._guard = Guard()
-                    continue
-                self.progress.seconds += time.monotonic() - began
-                self._took(loss, parts, norm, scored, time.monotonic() - began)
-                advance(self._pace(loss, time.monotonic() - began))
-                if self._is_due(settings.evaluate_every) or self.progress.ended:
-                    self._measure()
-                by_clock = settings.save_every is None and distributed.first(
-                    lambda: time.monotonic() - saved > _SAVE_SECONDS  # noqa: B023
-                )
-                by_steps = settings.save_every is not None and self._is_due(settings.save_every)
-                if by_clock or by_steps or self.progress.ended:
+                began, step = time.monotonic(), self.progress.step
+                loss, parts, norm, scored = self._step(step)
+                if (problem := self._guard.problem(loss, norm)) is None:
+                    seconds = time.monotonic() - began
+                    self._took(loss, parts, norm, scored, seconds)
+                    advance(self._pace(loss, seconds))
+                    if self._is_due(settings.evaluate_every) or self.progress.ended:
+                        problem = self._measure()
+                if problem is not None:
+                    self._go_back(problem, step + 1)
+                elif self._is_time_to_save(saved):
                     self._save()
                     saved = time.monotonic()
-        self._take_best()
-        return self.progress
 
     def _pace(self, loss: float, seconds: float) -> str:
         """How a step went, for the user."""
@@ -177,6 +187,14 @@ class Loop:
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0
+
+    def _is_time_to_save(self, saved: float) -> bool:
+        settings = self.settings
+        if self.progress.ended or self._is_due(settings.evaluate_every):
+            return True
+        if settings.save_every is not None:
+            return self._is_due(settings.save_every)
+        return distributed.first(lambda: time.monotonic() - saved > _SAVE_SECONDS)
 
     def _step(self, step: int) -> tuple[float, dict[str, float], float, int]:
         """Gradient and update; mean loss, means of its terms, norm of the gradient, tokens with a loss."""
@@ -202,6 +220,7 @@ class Loop:
         means = _means(sums, scored, self.device)
         loss_, norm_ = means.pop("loss"), float(norm)
         if loss_ == loss_ and abs(norm_) < float("inf"):
+            state.complete(self.optimizer)
             self.optimizer.step()
             self.after_step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -217,6 +236,7 @@ class Loop:
         progress, settings = self.progress, self.settings
         progress.step += 1
         progress.scored += scored
+        progress.seconds += seconds
         progress.ended = progress.step >= settings.steps
         self._since.append(loss)
         if progress.ended or len(self._since) >= max(1, settings.steps // 200):
@@ -229,11 +249,11 @@ class Loop:
             )  # fmt: skip
 
     @torch.no_grad()
-    def _measure(self) -> None:
-        """The loss on sequences that are not trained on."""
+    def _measure(self) -> str | None:
+        """The loss on sequences that are not trained on; what is wrong with it, where something is."""
         settings, progress, world = self.settings, self.progress, distributed.world()
         if not settings.held_out or (progress.held_out and progress.held_out[-1][0] == progress.step):
-            return
+            return None
         own = list(settings.held_out[distributed.rank() :: world])
         rounds = -(-len(settings.held_out[::world]) // settings.micro_batch)  # the same in all processes
         sums: dict[str, Tensor] = {}
@@ -246,14 +266,17 @@ class Loop:
             _add(sums, {"loss": loss if places else torch.zeros_like(loss)})
             count += len(inputs.rows) if places else 0
         loss_ = _means(sums, distributed.total(count), self.device)["loss"]
+        if (problem := held_out_problem(loss_)) is not None:
+            return problem
         before = progress.best
         progress.held_out.append((progress.step, loss_))
         if self.log is not None:
             self.log.write(progress.step, held_out=loss_)
         self.reporter.say(f"step {progress.step} of {settings.steps}: held-out loss {loss_:.4g}")
         if before is not None and loss_ <= before[1] and not progress.ended:
-            state.save(self._best(progress.step), self.trainee, None, {"step": progress.step})
+            state.save(state.best_of_step(self.folder, progress.step), self.trainee, None, {"step": progress.step})
         self._end_early()
+        return None
 
     def _end_early(self) -> None:
         """End where nothing has become better for long."""
@@ -267,71 +290,74 @@ class Loop:
             progress.stopped = f"no better for {patience} measurements"
             self.reporter.say(f"training ends at step {progress.step}: {progress.stopped}")
 
-    def _go_back(self, problem: str) -> None:
+    def _go_back(self, problem: str, step: int) -> None:
         """Take up the last good state with a lower rate; the second time, end with it."""
-        before, step, newest = self.progress.rolled_back, self.progress.step, self._newest()
-        again = bool(before)
-        if again and newest is None:
+        before, every = self.progress, self.settings.evaluate_every
+        again = bool(before.rolled_back)
+        found = distributed.first(lambda: state.newest(self.folder, every))
+        if again and found is None:
             raise NumericalError(
-                f"training: {problem} at step {step + 1}, with {_SLOWER:g} of the learning rate too; use a lower one, "
+                f"training: {problem} at step {step}, with {_SLOWER:g} of the learning rate too; use a lower one, "
                 "and look at the text"
             )
-        self._take(newest)
-        self.progress.rolled_back = [*before, step + 1]
-        self.progress.slower = _SLOWER
-        where = f"step {step + 1}: {problem}; back to step {self.progress.step}"
+        self._take(found)
+        self._guard = Guard()
+        progress = self.progress
+        progress.rolled_back, progress.slower, progress.earlier = [*before.rolled_back, step], _SLOWER, before.earlier
         if again:
-            self.progress.ended, self.progress.stopped = True, f"{problem} at step {step + 1}, after a lower rate too"
-            self.reporter.warn(f"training: {where}, where it ends")
-            return
-        self.reporter.warn(f"training: {where}, with {_SLOWER:g} of the learning rate")
+            progress.ended, progress.stopped = True, f"{problem} at step {step}, after a lower rate too"
+        distributed.first(lambda: self._settle(found))
+        self._rewind(progress.step)  # behind the later states, whose lines these are
+        how = "where it ends" if again else f"with {_SLOWER:g} of the learning rate"
+        self.reporter.warn(f"training: step {step}: {problem}; back to step {progress.step}, {how}")
+
+    def _settle(self, found: Path | None) -> None:
+        """Note on disk that training went back to a state, or to the start, and delete the later ones."""
+        if found is not None:
+            state.rewrite_notes(found, self._notes())
+        state.keep(self.folder, self._kept())
 
     def _resume(self) -> None:
-        newest = self._newest()
-        if newest is not None:
-            self._take(newest)
-            self.reporter.say(f"continuing behind step {self.progress.step} of {self.settings.steps}")
-        elif self.log is not None:
-            self.log.rewind(-1)
+        newest = distributed.first(lambda: state.newest(self.folder))
+        if newest is None:
+            self._rewind(-1)
+            return
+        self._take(newest)
+        self._rewind(self.progress.step)
+        self.reporter.say(f"continuing behind step {self.progress.step} of {self.settings.steps}")
+
+    def _rewind(self, step: int) -> None:
+        if self.log is not None:
+            self.log.rewind(step)
 
     def _take(self, folder: Path | None) -> None:
         """Take up a state, or start over."""
         if folder is None:
             self.start_over()
-            self.progress = Progress(held_out=self.progress.held_out[:1])
-        else:
-            notes = state.load(folder, self.trainee, self.optimizer)
-            self._since, self._guard = notes.pop("since"), Guard(notes.pop("usual"))
-            self.progress = Progress(
-                **{**notes, "losses": _pairs(notes["losses"]), "held_out": _pairs(notes["held_out"])}
-            )
-        if folder is None:
-            self._since = []
-        if self.log is not None:
-            self.log.rewind(self.progress.step)
+            self.progress, self._since = Progress(held_out=self.progress.held_out[:1]), []
+            return
+        notes = state.load(folder, self.trainee, self.optimizer)
+        self._since, self._guard = notes.pop("since"), Guard(notes.pop("usual"))
+        self.progress = Progress(**{**notes, "losses": _pairs(notes["losses"]), "held_out": _pairs(notes["held_out"])})
 
-    def _newest(self) -> Path | None:
-        """The state of the highest step."""
-        found: Path | None = distributed.first(lambda: max(self.folder.glob("state-" + "[0-9]" * 8), default=None))
-        return found
+    def _notes(self) -> dict[str, Any]:
+        """What is kept beside a state."""
+        earlier = self.progress.earlier + time.monotonic() - self._began
+        return asdict(self.progress) | {"earlier": earlier, "since": self._since, "usual": list(self._guard.losses)}
 
     def _save(self) -> None:
-        """Keep the state, and no older one."""
-        folder = self.folder / f"state-{self.progress.step:08d}"
-        best = self.progress.best
-        kept = {folder, self._best(best[0])} if best else {folder}
-        older = distributed.first(
-            lambda: [each for name in ("state-*", "best-*") for each in self.folder.glob(name) if each not in kept]
-        )
-        notes = asdict(self.progress) | {"since": self._since, "usual": list(self._guard.losses)}
-        state.save(folder, self.trainee, self.optimizer, notes)
-        if distributed.rank() == 0:
-            for each in older:
-                shutil.rmtree(each, ignore_errors=True)
+        """Write the state, and delete what it replaces."""
+        state.save(state.of_step(self.folder, self.progress.step), self.trainee, self.optimizer, self._notes())
+        distributed.first(lambda: state.keep(self.folder, self._kept()))
 
-    def _best(self, step: int) -> Path:
-        """Where the weights of a step lie that measured best when they were written."""
-        return self.folder / f"best-{step:08d}"
+    def _kept(self) -> set[Path]:
+        """This state, the one to go back to, and the best weights."""
+        progress, kept = self.progress, {state.of_step(self.folder, self.progress.step)}
+        if progress.best is not None:
+            kept.add(state.best_of_step(self.folder, progress.best[0]))
+        if not progress.ended and (found := state.newest(self.folder, self.settings.evaluate_every)) is not None:
+            kept.add(found)
+        return kept
 
     def _take_best(self) -> None:
         """Give the trainee the weights that measured best."""
@@ -341,7 +367,7 @@ class Loop:
         if best[0] == 0:
             self.start_over()
         else:
-            state.load(self._best(best[0]), self.trainee, None)
+            state.load(state.best_of_step(self.folder, best[0]), self.trainee, None)
         self.reporter.say(f"kept: the weights of step {best[0]}, whose held-out loss is the least")
 
 

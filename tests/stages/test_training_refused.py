@@ -141,8 +141,8 @@ def test_a_folder_has_its_own_tokenizer_whatever_it_is(tmp_path: Path) -> None:
         (
             {"ce": 1},
             None,
-            "student: its tokenizer is not that of the recipe's model (model in tokenizer.json), and what it becomes is "
-            "measured on that one's tokens; make the student `model`",
+            "student: its tokenizer is not that of the recipe's model (model in tokenizer.json), and what it becomes "
+            "is measured on that one's tokens; make the student `model`",
         ),
         ({"kl": 1}, "same", "student: its tokenizer is not that of the recipe's model (model in tokenizer.json)"),
         ({"kl": 1}, None, "teacher: its tokenizer is another one (model in tokenizer.json)"),  # base; said once

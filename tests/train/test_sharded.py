@@ -190,6 +190,9 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "distill", "losses": {"kl": 1, "hidden": 1}, "hidden_layers": {0: 1}, "micro_batch": 1,
         "checkpoint_activations": True,
     },
+    "first layer": {  # the others and the head get no gradients
+        "kind": "distill", "losses": {"hidden": 1}, "hidden_layers": {0: 0}, "micro_batch": 1, "weight_decay": 0.1,
+    },
     "lora": {"lora": {"rank": 2}, "learning_rate": 1e-2},
 }  # fmt: skip
 
@@ -259,12 +262,12 @@ def test_two_processes_do_what_one_does(case: str, models: Models, tmp_path: Pat
     assert apart(written, weights(tmp_path / "one" / "out" / "checkpoint")) < 1e-4
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("case", "first", "second"), [("ce", 2, 1), ("ce", 1, 2), ("first layer", 2, 1)])
 def test_a_state_is_taken_up_by_another_number_of_processes(
-    first: int, second: int, models: Models, tmp_path: Path
+    case: str, first: int, second: int, models: Models, tmp_path: Path
 ) -> None:
     def work(world: int, output: Path, stop: int | None = None) -> Any:
-        call = partial(run_stage, models, "ce", output, stop)
+        call = partial(run_stage, models, case, output, stop)
         return [call()] if world == 1 else on_ranks(call, world)
 
     assert work(first, tmp_path / "mixed" / "out", 5) == [None] * first

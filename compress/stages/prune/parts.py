@@ -7,7 +7,7 @@ from dataclasses import replace
 from compress.errors import ModelError
 from compress.model.shapes import Shapes
 from compress.prune.axes import Anatomy, Dims, anatomy, head_choices
-from compress.recipe.prune import PatternStage, PruneStage
+from compress.recipe.prune import PatternStage, PruneStage, Target
 from compress.recipe.shape import AXIS_OF, Shape
 from compress.recipe.train import FinetuneStage
 from compress.recipe.types import StageSpec
@@ -46,7 +46,7 @@ def _in_steps(spec: PruneStage, alone: PruneStage, shapes: Shapes, setting: Sett
         return [alone]
     last = _dims(found.spec.shape, body.dims)
     share = 1 - body.count(last)[0] / body.total[0]
-    steps = spec.steps or max(1, math.ceil(math.log(1 - share) / math.log(1 - _ONE_STEP) - 1e-2))
+    steps = spec.steps or max(1, math.ceil(math.log(1 - _wanted(spec.target, body)) / math.log(1 - _ONE_STEP) - 1e-9))
     multiples = multiples_of(spec, body, setting.following)
     on_the_way = [
         between(body, last, _done(number / steps, share, spec.schedule), multiples) for number in range(1, steps)
@@ -59,6 +59,14 @@ def _in_steps(spec: PruneStage, alone: PruneStage, shapes: Shapes, setting: Sett
         return [alone]
     chosen = [Shape(**_sizes(dims, spec)) for dims in [*kept[1:], last]]
     return [alone.model_copy(update={"target": None, "shape": shape, "axes": spec.over}) for shape in chosen]
+
+
+def _wanted(target: Target, body: Anatomy) -> float:
+    """Share of all parameters that a target in sparsity or parameters removes."""
+    total, inside = body.total
+    if target.sparsity is None:
+        return max(0.0, 1 - (target.parameters or total) / total)
+    return target.sparsity * (inside / total if target.of == "layers" else 1.0)
 
 
 def _dims(shape: Shape, whole: Dims) -> Dims:
