@@ -60,7 +60,7 @@ def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
     return Plan(
         after,
         lines=_lines(spec, student, demand, None if teacher is None else body_of(teacher)),
-        disk_bytes=2 * after.bytes + 16 * trainable(spec, after) + spec.tokens * 5,
+        disk_bytes=2 * after.bytes + 44 * trainable(spec, after) + spec.tokens * 5,
         splits=True,
         spec=spec,
         builds=after is not shapes,

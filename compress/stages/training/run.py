@@ -144,7 +144,7 @@ class _Training:
         result = self._write(trainee, names)
         figures = {
             "trained": self._figures(progress, setup, trained, taught_, len(zeros)),
-            "seconds": time.monotonic() - self.started,
+            "seconds": time.monotonic() - self.started + progress.earlier,
             "peak_memory_bytes": host,
             "peak_gpu_memory_bytes": gpu,
         }
