@@ -174,7 +174,8 @@ def test_bundled_recipes_run(
 def test_validate(name: str, tiny_model: Path) -> None:
     shorter = ["--set", "evaluate.sequence_length=128", "--set", "calibration.sequence_length=128"]
     assert succeed("validate", name) == f"{name}: valid\n"
-    assert succeed("validate", name, "--model", tiny_model, "--output", "x", *shorter) == f"{name}: valid\n"
+    if not TRAINS.search(recipe_text(name)):  # whose shapes and lengths are for larger models
+        assert succeed("validate", name, "--model", tiny_model, "--output", "x", *shorter) == f"{name}: valid\n"
 
 
 def alternatives(rule: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def run(
                     parent, job.layers = Checkpoint(job.models[spec.starts_from]), None
                 artefact, stage = job.find(spec, parent, parent_id, kept)
                 if stage is None:
-                    result = job.make(number, parent, parent_id, artefact)
+                    result = job.work_of(number, parent, parent_id, artefact)()
                     stage = job.commit(artefact, result, parent_id)
                 parent, parent_id = Checkpoint(artefact.folder), artefact.key
                 job.went_through(number, stage, artefact, parent)
@@ -261,14 +261,14 @@ class _Job:
             models=self.models, tracked=self.recipe.name,
         )  # fmt: skip
 
-    def make(self, number: int, parent: Checkpoint, parent_id: str, artefact: StageArtefact) -> Result:
-        """What a stage makes of its parent; in process 0 alone where several can't share the work."""
+    def work_of(self, number: int, parent: Checkpoint, parent_id: str, artefact: StageArtefact) -> Callable[[], Result]:
+        """What a stage does to its parent; in process 0 alone where several can't share the work."""
         spec, context, world = self.planned.specs[number], self.sharing(parent_id), distributed.world()
         work: Callable[[], Result] = partial(KINDS[spec.kind].run().run, spec, parent, artefact.part, context)
         if world == 1 or self.planned.stages[number].splits:
-            return work()
+            return work
         self.reporter.say(f"{spec.title}: runs in one of the {world} processes, and the others wait")
-        return distributed.on_first(work)
+        return partial(distributed.on_first, work)
 
     def commit(self, artefact: StageArtefact, result: Result, parent_id: str) -> records.Stage:
         """Give what a stage has made its place; returns the record."""
