@@ -180,6 +180,18 @@ def test_texts_of_two_lengths_and_one_longer_than_the_model(base: Checkpoint, te
     )
 
 
+def test_a_teacher_with_fewer_positions_than_the_text_is_long(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(base.folder, tmp_path / "short")
+    config = base.config | {"max_position_embeddings": 16}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    teacher = tmp_path / "short"
+    found = planned(base, spec(text, loss="kl", teacher="short"), base, short=teacher)
+    assert found.problems == [f"stages.0.data: sequence_length {LENGTH} is more than the teacher's 16 positions"]
+    whole = {"source": str(text)}  # a length that nobody names fits both
+    found = planned(base, spec(text, loss="kl", teacher="short", data=whole), base, short=teacher)
+    assert not found.problems and found.spec is not None and found.spec.data[0].length == 16  # type: ignore[attr-defined]
+
+
 def test_packages_that_are_missing(base: Checkpoint, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.system.extras.find_spec", lambda name: None)
     monkeypatch.setattr("compress.train.log.importlib.util.find_spec", lambda name: None)

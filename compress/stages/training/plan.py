@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from compress.errors import UserError
-from compress.model.arch import depth_of, positions_of
+from compress.model.arch import depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, parameter_count
 from compress.recipe.lengths import fitting_length
@@ -49,7 +49,7 @@ def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
         problems += _teacher_problems(spec, shapes, teacher, where)
     if spec.starts_from is not None and setting.base is not None and teacher is not setting.base:
         problems += _stranger_problems(shapes, setting.base, where)
-    texts, text_problems = _fitted(texts, shapes, where)
+    texts, text_problems = _fitted(texts, shapes, teacher, where)
     problems += text_problems
     if problems:
         return Plan(shapes, problems)
@@ -60,7 +60,7 @@ def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
     return Plan(
         after,
         lines=_lines(spec, student, demand, None if teacher is None else body_of(teacher)),
-        disk_bytes=2 * after.bytes + 44 * trainable(spec, after) + spec.tokens * 5,
+        disk_bytes=2 * after.bytes + 44 * trainable(spec, after) + (spec.after + spec.tokens) * 5,
         splits=True,
         spec=spec,
         builds=after is not shapes,
@@ -233,22 +233,26 @@ def _vocabulary_problem(student: Shapes, teacher: Shapes, tokens: int | None = N
     )
 
 
-def _fitted(texts: Sequence[TrainingText], shapes: Shapes, where: str) -> tuple[list[TrainingText], list[str]]:
-    """The texts with one length, which the model has positions for."""
-    positions = positions_of(shapes.config)
+def _fitted(
+    texts: Sequence[TrainingText], shapes: Shapes, teacher: Shapes | None, where: str
+) -> tuple[list[TrainingText], list[str]]:
+    """The texts with one length, which the model and its teacher have positions for."""
+    limits = {"model": positions_of(shapes.config)}
+    limits |= {} if teacher is None else {"teacher": positions_of(teacher.config)}
+    whose, positions = min(limits.items(), key=lambda each: math.inf if each[1] is None else each[1])
     lengths = {text.sequence_length for text in texts if text.sequence_length is not None}
     if len(lengths) > 1:
         said = " and ".join(map(str, sorted(lengths)))
         return [], [f"{where}.data: its texts have sequence_length {said}; a batch has one, so give them the same"]
     length = lengths.pop() if lengths else fitting_length(positions)
     if positions is not None and length > positions:
-        return [], [f"{where}.data: sequence_length {length} is more than the model's {positions} positions"]
+        return [], [f"{where}.data: sequence_length {length} is more than the {whose}'s {positions} positions"]
     return [text.model_copy(update={"sequence_length": length}) for text in texts], []
 
 
 def resolved(spec: TrainStage, shapes: Shapes, texts: Sequence[TrainingText]) -> TrainStage:
     """The stage with everything filled in that its result hangs on."""
-    length, hidden = texts[0].length, int(shapes.config.get("hidden_size") or _FULL_WIDTH)
+    length, hidden = texts[0].length, width_of(shapes.config) or _FULL_WIDTH
     few = max(1, min(_BATCH_TOKENS // length, spec.tokens // (_LEAST_STEPS * length)))
     batch = spec.batch_size or 1 << (few.bit_length() - 1)  # which most numbers of processes divide
     steps = steps_of(spec.tokens, batch, length)
@@ -283,7 +287,7 @@ def _after(spec: TrainStage, shapes: Shapes) -> Shapes:
 def body_of(shapes: Shapes) -> Body:
     """A model in numbers."""
     config, modules = shapes.config, find_modules(shapes)
-    hidden = int(config.get("hidden_size") or next(iter(modules.linears.values()))[1])
+    hidden = width_of(config) or next(iter(modules.linears.values()))[1]
     heads = int(config.get("num_attention_heads") or 1)
     width = int(config.get("head_dim") or hidden // heads)
     vocabulary = int(config.get("vocab_size") or 0)
