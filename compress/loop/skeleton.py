@@ -1,7 +1,7 @@
 """A model without weights: built from its config on the meta device, and filled tensor by tensor."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -46,6 +46,20 @@ def head_name(model: Any, arch: Arch) -> str:
     """Name of the output head's module; some families store it under another one (gpt_neox: embed_out)."""
     heads = {id(model.get_output_embeddings())}
     return next((name for name, module in model.named_modules() if id(module) in heads), arch.head)
+
+
+def stored_name(name: str, head: str, arch: Arch, stored: Collection[str]) -> str:
+    """A parameter's name in a checkpoint, from its name in the model.
+
+    Args:
+        name: of the parameter.
+        head: name of the output head's module in the model.
+        arch: of the model.
+        stored: names of the checkpoint's tensors.
+    """
+    if name not in stored and name.startswith(head + "."):
+        return arch.head + name.removeprefix(head)
+    return name
 
 
 def check_builds(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

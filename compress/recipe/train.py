@@ -47,6 +47,10 @@ class Lora(Closed):
         default=None, min_length=1, description="Linears, by the end of their names; null means all in the layers."
     )
 
+    def takes(self, linear: str) -> bool:
+        """Whether a linear of the layers gets an addition."""
+        return self.targets is None or any(linear.endswith(f".{target}") for target in self.targets)
+
 
 class TrainSettings(Closed):
     """How a model is trained, whatever for."""

@@ -78,7 +78,7 @@ def artefacts(folder: Path) -> set[str]:
     return {path.name for path in (folder / ".dscompress" / "stages").iterdir() if path.is_dir()}
 
 
-class Process:
+class Process(killable.Process):
     """The command in a process of its own, which opens what it has made in that process too."""
 
     def __init__(
@@ -91,15 +91,6 @@ class Process:
         work = ([*RUN, *more], folder, self.log, moment, theirs, environment, kill_in)
         self._process = killable.CONTEXT.Process(target=_work, args=work)
         self._process.start()
-
-    def end(self, kill_after: float | None = None) -> Ended:
-        """Wait for the end, or kill it after so many seconds."""
-        self._process.join(kill_after)
-        if kill_after is not None:
-            self._process.kill()
-            self._process.join()
-        assert self._process.exitcode is not None
-        return Ended(self._process.exitcode, self.log.read_text() if self.log.exists() else "")
 
 
 def _work(*given: Any) -> None:

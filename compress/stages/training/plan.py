@@ -109,7 +109,7 @@ def _student_problems(spec: TrainStage, shapes: Shapes, where: str) -> list[str]
             problems.append(f"{where}.train: no parameter is called {' or '.join(spec.train)}; one is {example}")
     if spec.lora is not None:
         linears = find_modules(shapes).linears
-        if not _lora_linears(spec.lora.targets, linears):
+        if not any(map(spec.lora.takes, linears)):
             called = ", ".join(spec.lora.targets or [])
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             problems.append(f"{where}.lora.targets: no linear of the layers is called {called}; use {known}")
@@ -303,17 +303,12 @@ def body_of(shapes: Shapes) -> Body:
 def trainable(spec: TrainStage, shapes: Shapes) -> int:
     """Weights that are trained."""
     if spec.lora is not None:
-        chosen = _lora_linears(spec.lora.targets, find_modules(shapes).linears)
-        return spec.lora.rank * sum(rows + columns for rows, columns in chosen.values())
+        linears = find_modules(shapes).linears
+        return spec.lora.rank * sum(sum(shape) for name, shape in linears.items() if spec.lora.takes(name))
     if spec.train is not None:
         chosen_names = [name for name in shapes.tensors if any(fnmatchcase(name, glob) for glob in spec.train)]
         return sum(math.prod(shapes.tensors[name].shape) for name in chosen_names)
     return parameter_count(shapes)
-
-
-def _lora_linears(targets: Sequence[str] | None, linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Linears that get additions."""
-    return {n: s for n, s in linears.items() if targets is None or any(n.endswith(f".{t}") for t in targets)}
 
 
 def demand_of(

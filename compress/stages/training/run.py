@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,6 @@ def run(spec: TrainStage, parent: Checkpoint, output: Path, context: Context) ->
         return _Training(spec, parent, output, context, mesh, held).run()
 
 
-@dataclass
-class _Taught:
-    """Where the teaching comes from, and what the record says of it."""
-
-    teach: Teach
-    teacher: Checkpoint | None = None
-    online: bool = False
-    bytes_per_token: float | None = None
-
-
 class _Training:
     """One stage under way."""
 
@@ -116,6 +106,7 @@ class _Training:
                 f"such as {-(-batch // world) * world}"
             )
         self.teacher = teachers.teacher_of(spec, context) if taught(spec) else None
+        self.asked = self.teacher if spec.targets == "online" else None  # at each step
         self.vocabulary = None if self.teacher is None else self._vocabulary(self.teacher)
 
     def _vocabulary(self, teacher: Checkpoint) -> int | None:
@@ -124,44 +115,44 @@ class _Training:
 
     def run(self) -> Result:
         """Train, write, and say what came of it."""
-        taught_ = self._teaching()
+        teach, bytes_per_token = self._teaching()
         trainee, decoder, names = build(
             self.student, self._objective(), self._widths(), self.spec.lora, self.context.trust_remote_code
         )
         trained = sharded.set_trained(
             trainee, lambda own: chosen(own, names, self.spec.train, self.spec.lora is not None), self.compute
         )
-        setup = self._setup(taught_)
+        setup = self._setup()
         fill(
             trainee, decoder, self.student, names, self.mesh, self.compute, self.context.device, setup, self._compiled()
         )
         zeros = zeros_of(trainee, names, find_modules(self.parent).linears)
         self._check_zeros(zeros)
-        loop = self._loop(trainee, names, taught_, setup, zeros)
+        loop = self._loop(trainee, names, teach, setup, zeros)
         progress = loop.run()
-        del loop.optimizer, taught_.teach
+        del loop, teach  # and with them moments and teacher
         host, gpu = self.memory.peak()  # writing counts anew
         result = self._write(trainee, names)
         figures = {
-            "trained": self._figures(progress, setup, trained, taught_, len(zeros)),
+            "trained": self._figures(progress, setup, trained, bytes_per_token, len(zeros)),
             "seconds": time.monotonic() - self.started + progress.earlier,
             "peak_memory_bytes": host,
             "peak_gpu_memory_bytes": gpu,
         }
         return replace(result, record=result.record.model_copy(update=figures))
 
-    def _teaching(self) -> _Taught:
+    def _teaching(self) -> tuple[Teach, float | None]:
+        """Where the teaching comes from, and the bytes of a token's targets where they are cached."""
         spec, context = self.spec, self.context
         if self.teacher is None:
-            return _Taught(teachers.nobody)
-        if spec.targets == "online":
-            teach = teachers.online(spec, self.teacher, context, self.mesh, self.compute, self._compiled())
-            return _Taught(teach, self.teacher, online=True)
+            return teachers.nobody, None
+        if self.asked is not None:
+            return teachers.online(spec, self.asked, context, self.mesh, self.compute, self._compiled()), None
         size = self.vocabulary or body_of(self.parent).vocabulary
         teach, cache = teachers.cached(
             spec, self.teacher, context, self.mesh, self.compute, self.mixture, self.steps, size, self.held
         )
-        return _Taught(teach, self.teacher, bytes_per_token=cache.bytes_per_token)
+        return teach, cache.bytes_per_token
 
     def _objective(self) -> Objective:
         spec = self.spec
@@ -177,15 +168,20 @@ class _Training:
             return None
         return body_of(self.parent).hidden, body_of(self.teacher).hidden
 
-    def _setup(self, taught_: _Taught) -> Setup:
+    def _setup(self) -> Setup:
         """What memory allows; the choice is kept, so that training that is continued goes on as it began."""
         spec, context, world = self.spec, self.context, distributed.world()
         share = self.mixture.batch_size // world
-        asked = self.teacher if taught_.online else None
         demand = demand_of(
-            spec, self.parent, asked, self.mixture.sequence_length, self.compute.itemsize, context.device.type, world
+            spec,
+            self.parent,
+            self.asked,
+            self.mixture.sequence_length,
+            self.compute.itemsize,
+            context.device.type,
+            world,
         )
-        free = min(distributed.gather(self._free(asked)))
+        free = min(distributed.gather(self._free()))
         kept, wanted = self.output / f"setup-{world}.json", [spec.micro_batch, spec.checkpoint_activations]
 
         def choose() -> list[Any]:
@@ -211,13 +207,13 @@ class _Training:
         )
         return setup
 
-    def _free(self, teacher: Checkpoint | None) -> int:
+    def _free(self) -> int:
         """Bytes for the training of this process, those of a teacher that is there already included."""
         device, limit = self.context.device, self.context.max_memory
         shared = distributed.here() if device.type == "cpu" else 1
         free = available(device) // shared
-        if teacher is not None:
-            free += body_of(teacher).parameters * self.compute.itemsize // distributed.world()
+        if self.asked is not None:
+            free += body_of(self.asked).parameters * self.compute.itemsize // distributed.world()
         return free if limit is None else min(free, limit // shared)
 
     def _check_zeros(self, zeros: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
@@ -234,7 +230,7 @@ class _Training:
         self,
         trainee: Trainee,
         names: dict[str, str],
-        taught_: _Taught,
+        teach: Teach,
         setup: Setup,
         zeros: Sequence[tuple[nn.Parameter, Tensor]],
     ) -> Loop:
@@ -262,26 +258,26 @@ class _Training:
             log = Log(self.output / LOG, spec.tracker, events, context.tracked, spec.model_dump(mode="json"))
         tokens = self.mixture.batch_size * self.mixture.sequence_length
         return Loop(
-            trainee, optimizer, self.mixture, taught_.teach, settings, tokens, self.output, context.device,
-            context.reporter, log, start_over, keep_zeros, self._flops(taught_.teacher if taught_.online else None),
+            trainee, optimizer, self.mixture, teach, settings, tokens, self.output, context.device,
+            context.reporter, log, start_over, keep_zeros, self._flops(),
         )  # fmt: skip
 
     def _compiled(self) -> bool:
         """Whether layers are compiled: the minute that it takes is worth it where training takes many."""
         if self.spec.compile is not None or self.context.device.type != "cuda":
             return bool(self.spec.compile)
-        flops = self._flops(self.teacher if self.spec.targets == "online" else None)
+        flops = self._flops()
         tokens = self.mixture.tokens(self.steps)
         return flops is not None and tokens * flops[0] / (_EAGER * flops[1]) > _WORTH_COMPILING
 
-    def _flops(self, asked: Checkpoint | None) -> tuple[float, float] | None:
-        """Operations for one token, and those of all devices in a second; `asked` is a teacher that works beside."""
+    def _flops(self) -> tuple[float, float] | None:
+        """Operations for one token, and those of all devices in a second; None where that is not known."""
         device = self.context.device
         peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None:
             return None
         share = 1.0 if self.spec.lora is None and self.spec.train is None else 0.0
-        teacher = None if asked is None else body_of(asked)
+        teacher = None if self.asked is None else body_of(self.asked)
         each = step_flops(body_of(self.parent), teacher, self.mixture.sequence_length, share)
         return each, peak * distributed.world()
 
@@ -295,7 +291,9 @@ class _Training:
             shutil.copyfile(self.output / LOG, self.output / "checkpoint" / LOG)
         return result
 
-    def _figures(self, progress: Progress, setup: Setup, trained: int, taught_: _Taught, zeros: int) -> records.Trained:
+    def _figures(
+        self, progress: Progress, setup: Setup, trained: int, bytes_per_token: float | None, zeros: int
+    ) -> records.Trained:
         spec, mixture, steps = self.spec, self.mixture, progress.step
         passes = mixture.passes(steps)
         read = [
@@ -303,7 +301,7 @@ class _Training:
             for name, text in zip(mixture.names, mixture.texts, strict=True)
         ]
         tokens = mixture.tokens(steps)
-        flops = self._flops(taught_.teacher if taught_.online else None)
+        flops = self._flops()
         pace = tokens / progress.seconds if progress.seconds else None
         assert spec.learning_rate is not None and self.context.base is not None
         return records.Trained(
@@ -315,7 +313,7 @@ class _Training:
             losses=progress.losses, held_out=progress.held_out,
             best_step=None if progress.best is None else progress.best[0], tokens_per_second=pace,
             mfu=None if flops is None or pace is None else pace * flops[0] / flops[1],
-            cached_bytes_per_token=taught_.bytes_per_token, rolled_back=progress.rolled_back,
+            cached_bytes_per_token=bytes_per_token, rolled_back=progress.rolled_back,
             stopped=progress.stopped, zeros_kept=zeros,
         )  # fmt: skip
 

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from compress import records
 from compress.errors import UserError
+from compress.formats.base import DTYPES
 from compress.loop.activations import Activations
-from compress.loop.skeleton import check_present, head_name, skeleton
+from compress.loop.skeleton import check_present, head_name, skeleton, stored_name
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import find_modules, has_own_head, is_tied
@@ -31,7 +32,6 @@ from compress.train import sharded
 from compress.train.memory import Setup
 from compress.train.trainee import Objective, Trainee
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SPARSE = 0.01  # share of zeros from which on those of a linear are kept; trained weights have next to none
 
 
@@ -55,7 +55,6 @@ class Student:
             self.config["tie_word_embeddings"] = False
         drop = tied or is_tied(parent, modules)
         self.tensors: Mapping[str, Any] = {n: i for n, i in parent.tensors.items() if not (drop and n == head)}
-        self.embeddings = f"{modules.embeddings}.weight"
         self.gather: Gather | None = None
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ class Student:
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a tensor is stored."""
-        return _DTYPES[self.parent.tensors[name].dtype]
+        return DTYPES[self.parent.tensors[name].dtype]
 
 
 class Gather:
@@ -128,10 +127,8 @@ def build(
     trainee = Trainee(model, decoder, objective, widths)
     names = {}
     for own, _ in trainee.named_parameters():
-        stored = own.removeprefix("model.").replace(".base_layer.", ".")
-        rest = stored.removeprefix(head)
-        if rest != stored and rest[:1] == "." and stored not in student.tensors:
-            stored = arch.head + rest
+        plain = own.removeprefix("model.").replace(".base_layer.", ".")
+        stored = stored_name(plain, head, arch, student.tensors)
         if stored in student.tensors:
             names[own] = stored
     new = (".lora_", "projections.")
@@ -143,7 +140,7 @@ def _add_lora(model: nn.Module, lora: Lora, layers: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(layers)]
-    chosen = [n for n in linears if lora.targets is None or any(n.endswith(f".{t}") for t in lora.targets)]
+    chosen = [name for name in linears if lora.takes(name)]
     if not chosen:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
         raise UserError(f"lora.targets: no linear of the layers is called {', '.join(lora.targets or [])}; use {known}")

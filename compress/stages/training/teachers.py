@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from compress.data.mixture import Mixture
 from compress.loop.context import Context
-from compress.loop.skeleton import head_name, skeleton
+from compress.loop.skeleton import head_name, skeleton, stored_name
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
 from compress.recipe.train import BASE, DistillStage, TrainStage
@@ -60,20 +60,13 @@ def open_teacher(
     head = head_name(model, arch)
 
     def load(names: Sequence[str]) -> dict[str, Tensor]:
-        stored = {name: _stored(name, head, arch.head, teacher) for name in names}
+        stored = {name: stored_name(name, head, arch, teacher.tensors) for name in names}
         found = teacher.load(set(stored.values()))
         return {name: found[stored[name]] for name in names}
 
     asked = OnlineTeacher(model, decoder)
     asked.fill(mesh, compute, load, context.device, str(teacher.folder), compiled)
     return asked
-
-
-def _stored(name: str, head: str, stored_head: str, teacher: Checkpoint) -> str:
-    """A parameter's name in the checkpoint."""
-    if name not in teacher.tensors and name.startswith(head + "."):
-        return stored_head + name.removeprefix(head)
-    return name
 
 
 def cached(
@@ -103,7 +96,7 @@ def cached(
         context.reporter.warn(f"{torn}: is cut off; the teacher is asked again")
     missing = distributed.first(lambda: cache.missing(wanted))
     if missing:
-        _ask(missing, cache, spec, teacher, context, mesh, compute, mixture, vocabulary)
+        _ask(open_teacher(teacher, context, mesh, compute), missing, cache, spec, context, mixture, vocabulary)
     distributed.barrier()
     cache = TeacherCache(cache.folder, spec.draws, key)
     each = cache.bytes_per_token
@@ -120,18 +113,15 @@ def cached(
 
 
 def _ask(
+    asked: OnlineTeacher,
     missing: Sequence[tuple[str, int]],
     cache: TeacherCache,
     spec: TrainStage,
-    teacher: Checkpoint,
     context: Context,
-    mesh: DeviceMesh,
-    compute: torch.dtype,
     mixture: Mixture,
     vocabulary: int,
 ) -> None:
     """Draw the targets that are missing; each process takes its part."""
-    asked = open_teacher(teacher, context, mesh, compute)
     numbers = {text.key: number for number, text in enumerate(mixture.texts)}
     at_once = max(1, _AT_ONCE[context.device.type] // mixture.sequence_length)
 
