@@ -4,15 +4,14 @@ What a step reads is a function of the seed and its number alone, so a run that 
 it would have read. The gradient is the sum over all tokens with a loss, of all micro-batches and processes, divided by
 their number: how a batch is split changes nothing but rounding.
 
-Where it goes back to when the loss breaks out hangs on step numbers alone: to the newest state at a measurement, or to
-the start. States in between, by the clock or by `save_every`, are only for continuing.
+Where it goes back to when the loss breaks out hangs on step numbers alone: to the newest state on a grid of steps, or
+to the start. States in between, by the clock or by `save_every`, are only for continuing. At the end there are weights.
 
-Left out: accelerate's loop and loader. Sharding and states are torch's own (fully_shard, distributed.checkpoint), and a
-loader that has to be skipped forward is not needed where a batch can be asked for by its number.
+Sharding and states are torch's own, and no loader has to be skipped forward where a batch is asked for by its number.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ from compress.train import state
 from compress.train.guard import Guard, held_out_problem
 from compress.train.log import Log
 from compress.train.schedule import rate
-from compress.train.trainee import Inputs, Taught, Trainee
+from compress.train.trainee import Inputs, Taught, Trainee, inputs_of
 
 Place = tuple[int, int]  # a sequence: its source, its number there
 _SAVE_SECONDS = 300.0
@@ -58,7 +57,8 @@ class Settings:
         warm_up: share of the steps.
         clip: largest norm of the gradient.
         held_out: sequences that are measured on.
-        evaluate_every: steps between two measurements, behind each of which there is a state.
+        evaluate_every: steps between two measurements.
+        state_every: steps between two states that can be gone back to; a multiple of evaluate_every.
         patience: measurements without a better one after which it ends; None: none.
         save_every: steps between two further states; None: by the clock.
     """
@@ -70,6 +70,7 @@ class Settings:
     clip: float
     held_out: Sequence[Place]
     evaluate_every: int
+    state_every: int
     patience: int | None
     save_every: int | None
 
@@ -91,8 +92,8 @@ class Progress:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best measurement; of equals the later one."""
-        return min(reversed(self.held_out), key=lambda each: each[1], default=None)
+        """Step and loss of the best measurement."""
+        return best_of(self.held_out)
 
 
 class Loop:
@@ -111,6 +112,7 @@ class Loop:
         log: of steps; None in processes that don't write.
         start_over: fills the trainee and the optimizer as they were at step 0.
         after_step: called behind each step of the optimizer.
+        kept_in: the dtypes in which parameters' best weights are kept; the trainee's own for others.
         flops: operations for one token, and those of all devices in a second; None where that is not known.
     """
 
@@ -128,11 +130,12 @@ class Loop:
         log: Log | None,
         start_over: Callable[[], None],
         after_step: Callable[[], None],
+        kept_in: Mapping[str, torch.dtype],
         flops: tuple[float, float] | None,
     ) -> None:
         self.trainee, self.optimizer, self.text, self.teach = trainee, optimizer, text, teach
         self.settings, self.folder, self.device, self.reporter, self.log = settings, folder, device, reporter, log
-        self.start_over, self.after_step, self.flops = start_over, after_step, flops
+        self.start_over, self.after_step, self.kept_in, self.flops = start_over, after_step, kept_in, flops
         self.tokens_per_step = tokens_per_step
         self.progress = Progress()
         self._since: list[float] = []  # losses since the last point of the curve
@@ -190,7 +193,7 @@ class Loop:
 
     def _is_time_to_save(self, saved: float) -> bool:
         settings = self.settings
-        if self.progress.ended or self._is_due(settings.evaluate_every):
+        if self.progress.ended or self._is_due(settings.state_every):
             return True
         if settings.save_every is not None:
             return self._is_due(settings.save_every)
@@ -274,7 +277,9 @@ class Loop:
             self.log.write(progress.step, held_out=loss_)
         self.reporter.say(f"step {progress.step} of {settings.steps}: held-out loss {loss_:.4g}")
         if before is not None and loss_ <= before[1] and not progress.ended:
-            state.save(state.best_of_step(self.folder, progress.step), self.trainee, None, {"step": progress.step})
+            best = state.best_of_step(self.folder, progress.step)
+            state.save_weights(best, self.trainee, self.kept_in, {"step": progress.step})
+            distributed.first(lambda: state.keep(self.folder, self._kept(self._states())))
         self._end_early()
         return None
 
@@ -292,9 +297,8 @@ class Loop:
 
     def _go_back(self, problem: str, step: int) -> None:
         """Take up the last good state with a lower rate; the second time, end with it."""
-        before, every = self.progress, self.settings.evaluate_every
-        again = bool(before.rolled_back)
-        found = distributed.first(lambda: state.newest(self.folder, every))
+        before, again = self.progress, bool(self.progress.rolled_back)
+        found = distributed.first(lambda: state.newest(self.folder, self.settings.state_every))
         if again and found is None:
             raise NumericalError(
                 f"training: {problem} at step {step}, with {_SLOWER:g} of the learning rate too; use a lower one, "
@@ -315,7 +319,7 @@ class Loop:
         """Note on disk that training went back to a state, or to the start, and delete the later ones."""
         if found is not None:
             state.rewrite_notes(found, self._notes())
-        state.keep(self.folder, self._kept())
+        state.keep(self.folder, self._kept(set() if found is None else {found}))
 
     def _resume(self) -> None:
         newest = distributed.first(lambda: state.newest(self.folder))
@@ -347,41 +351,33 @@ class Loop:
 
     def _save(self) -> None:
         """Write the state, and delete what it replaces."""
-        state.save(state.of_step(self.folder, self.progress.step), self.trainee, self.optimizer, self._notes())
-        distributed.first(lambda: state.keep(self.folder, self._kept()))
+        folder = state.of_step(self.folder, self.progress.step)
+        if self.progress.ended:  # what is left to be done needs no moments
+            state.save_weights(folder, self.trainee, self.kept_in, self._notes())
+        else:
+            state.save(folder, self.trainee, self.optimizer, self._notes())
+        states = {folder} if self.progress.ended else self._states()
+        distributed.first(lambda: state.keep(self.folder, self._kept(states)))
 
-    def _kept(self) -> set[Path]:
-        """This state, the one to go back to, and the best weights."""
-        progress, kept = self.progress, {state.of_step(self.folder, self.progress.step)}
-        if progress.best is not None:
-            kept.add(state.best_of_step(self.folder, progress.best[0]))
-        if not progress.ended and (found := state.newest(self.folder, self.settings.evaluate_every)) is not None:
-            kept.add(found)
-        return kept
+    def _states(self) -> set[Path]:
+        """The newest state, and the one to go back to."""
+        found = {state.newest(self.folder, every) for every in (1, self.settings.state_every)}
+        return {each for each in found if each is not None}
+
+    def _kept(self, states: set[Path]) -> set[Path]:
+        """States, and the best weights of each and of now."""
+        best = [self.progress.best, *(best_of(_pairs(state.read_notes(each)["held_out"])) for each in states)]
+        return states | {state.best_of_step(self.folder, each[0]) for each in best if each is not None}
 
     def _take_best(self) -> None:
         """Give the trainee the weights that measured best."""
-        best = self.progress.best
-        if best is None or best[0] == self.progress.step:
+        if (best := self.progress.best) is None or best[0] == self.progress.step:
             return
         if best[0] == 0:
             self.start_over()
         else:
             state.load(state.best_of_step(self.folder, best[0]), self.trainee, None)
         self.reporter.say(f"kept: the weights of step {best[0]}, whose held-out loss is the least")
-
-
-def inputs_of(batch: Any, device: torch.device) -> Inputs:
-    """What a forward pass reads, from sequences with their documents and scored tokens.
-
-    A row is a token whose next one is scored, so what is predicted always lies one place further on.
-    """
-    rows = torch.zeros_like(batch.scored)
-    rows[:, :-1] = batch.scored[:, 1:]
-    places = rows.flatten().nonzero()[:, 0]
-    targets = batch.tokens[:, 1:][batch.scored[:, 1:]]
-    moved = [each.to(device, non_blocking=True) for each in (batch.tokens, batch.positions, places, targets)]
-    return Inputs(*moved)
 
 
 def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
@@ -393,6 +389,11 @@ def _means(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[st
     """Sums over all processes, divided by a count."""
     stacked = torch.stack(list(sums.values())).to(device)
     return dict(zip(sums, (distributed.all_reduce(stacked) / max(1, count)).tolist(), strict=True))
+
+
+def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """Step and loss of the best measurement; of equals the later one."""
+    return min(reversed(held_out), key=lambda each: each[1], default=None)
 
 
 def _pairs(rows: Sequence[Sequence[Any]]) -> list[tuple[int, float]]:

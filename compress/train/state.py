@@ -1,7 +1,8 @@
 """The state of training on disk: masters, the optimizer's moments and where training stood, by torch's own format.
 
 A state appears under its name when it is whole, loses the name before any of it is deleted, and can be taken up by
-another number of processes. Beside states lie weights alone, those that measured best.
+another number of processes. Beside states lie weights alone, in the dtypes in which a checkpoint has them: those that
+measured best, and at the end the last.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -9,7 +10,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,30 @@ def keep(folder: Path, kept: set[Path]) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def save(folder: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer | None, notes: dict[str, Any]) -> None:
-    """Write a state; without an optimizer the weights alone. Called in all processes.
+def save(folder: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer, notes: dict[str, Any]) -> None:
+    """Write a state. Called in all processes.
 
     Raises:
         OutputError: it can't be written.
     """
+    _save(folder, _tensors(trainee, optimizer), notes)
+
+
+def save_weights(folder: Path, trainee: nn.Module, dtypes: Mapping[str, torch.dtype], notes: dict[str, Any]) -> None:
+    """Write the weights alone, in these dtypes; those that have none here, as they are. Called in all processes.
+
+    Raises:
+        OutputError: they can't be written.
+    """
+    model = _tensors(trainee, None)["model"]
+    _save(folder, {"model": {name: each.to(dtypes.get(name, each.dtype)) for name, each in model.items()}}, notes)
+
+
+def _save(folder: Path, tensors: dict[str, Any], notes: dict[str, Any]) -> None:
     partial = folder.with_name(folder.name + _PARTIAL)
     with _writing(folder), _quiet():
         distributed.first(lambda: shutil.rmtree(partial, ignore_errors=True))
-        state_dict_saver.save(_tensors(trainee, optimizer), checkpoint_id=partial)
+        state_dict_saver.save(tensors, checkpoint_id=partial)
         distributed.first(lambda: _commit(partial, folder, notes))
 
 
@@ -82,6 +97,12 @@ def _commit(partial: Path, folder: Path, notes: dict[str, Any]) -> None:
     write_text(partial / _NOTES, json.dumps(notes))
     shutil.rmtree(folder, ignore_errors=True)  # only weights come twice, before the state that hangs on them
     partial.rename(folder)
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What stands beside a state or weights."""
+    notes: dict[str, Any] = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
+    return notes
 
 
 def rewrite_notes(folder: Path, notes: dict[str, Any]) -> None:
@@ -95,15 +116,19 @@ def rewrite_notes(folder: Path, notes: dict[str, Any]) -> None:
 
 
 def load(folder: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Take up a state; returns its notes. Called in all processes.
+    """Take up a state, or weights alone where training has ended or there is no optimizer; returns its notes.
+
+    Called in all processes.
 
     Raises:
         UserError: it is damaged.
     """
     with _reading(folder, optimizer is None), _quiet():
+        notes = read_notes(folder)
+        if notes.get("ended"):
+            optimizer = None
         state = _tensors(trainee, optimizer)
         state_dict_loader.load(state, checkpoint_id=folder)
-        notes: dict[str, Any] = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
         if optimizer is None:
             set_model_state_dict(trainee, state["model"], options=_TRAINED_ONLY)
         else:

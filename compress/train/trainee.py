@@ -40,6 +40,19 @@ class Inputs:
     targets: Tensor
 
 
+def inputs_of(batch: Any, device: torch.device) -> Inputs:
+    """What a forward pass reads, from sequences with their documents and scored tokens.
+
+    A row is a token whose next one is scored, so what is predicted always lies one place further on.
+    """
+    rows = torch.zeros_like(batch.scored)
+    rows[:, :-1] = batch.scored[:, 1:]
+    places = rows.flatten().nonzero()[:, 0]
+    targets = batch.tokens[:, 1:][batch.scored[:, 1:]]
+    moved = [each.to(device, non_blocking=True) for each in (batch.tokens, batch.positions, places, targets)]
+    return Inputs(*moved)
+
+
 class States(NamedTuple):
     """Last hidden states of the rows, [N, D], and those behind other layers, by number."""
 

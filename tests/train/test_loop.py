@@ -24,9 +24,9 @@ from compress.errors import NumericalError, OutputError, UserError
 from compress.system.progress import Reporter
 from compress.train import sharded, state
 from compress.train.log import Log, tracker_problem
-from compress.train.loop import Loop, Place, Progress, Settings, inputs_of
+from compress.train.loop import Loop, Place, Progress, Settings
 from compress.train.schedule import rate
-from compress.train.trainee import Inputs
+from compress.train.trainee import Inputs, inputs_of
 
 CPU = torch.device("cpu")
 NUMBERS = 6
@@ -87,6 +87,7 @@ class Run:
     folder: Path
     steps: int = 12
     every: int = 1
+    state_every: int | None = None  # as `every`
     save_every: int | None = 2
     patience: int | None = None
     held_out: Sequence[Place] = ((0, 0), (0, 1), (0, 2))
@@ -94,6 +95,7 @@ class Run:
     spoil: Any = None
     after: Any = None
     micro: int = 2
+    kept_in: dict[str, torch.dtype] = field(default_factory=dict)
     model: Square = field(init=False)
     loop: Loop = field(init=False)
 
@@ -108,13 +110,14 @@ class Run:
             optimizer.state.clear()
 
         settings = Settings(
-            self.steps, self.micro, self.peak, 0.0, 10.0, self.held_out, self.every, self.patience, self.save_every
-        )
+            self.steps, self.micro, self.peak, 0.0, 10.0, self.held_out, self.every, self.state_every or self.every,
+            self.patience, self.save_every,
+        )  # fmt: skip
         self.reporter = Reporter(silent=True)
         self.loop = Loop(
             self.model, optimizer, Numbers(), lambda *_: None, settings, 6, self.folder, CPU, self.reporter,  # type: ignore[arg-type]
             Log(self.folder / "log.jsonl", None, self.folder, "test", {}), start_over,
-            self.after or (lambda: None), None,
+            self.after or (lambda: None), self.kept_in, None,
         )  # fmt: skip
 
     def __call__(self) -> Progress:
@@ -283,17 +286,54 @@ def names(folder: Path) -> set[str]:
     return {each.name.replace("-0000000", "-") for each in folder.iterdir() if each.is_dir()}
 
 
+def test_states_to_go_back_to_are_rarer_than_measurements_and_keep_their_best_weights(tmp_path: Path) -> None:
+    """Step 8 goes wrong: back to step 4, whose best weights are those of step 3."""
+    kept: list[set[str]] = []
+    after: list[Tensor] = []
+
+    def noted() -> None:
+        kept.append(names(tmp_path / "run"))
+        after.append(run.values)
+
+    run = Run(tmp_path / "run", steps=8, state_every=4, save_every=100, spoil=nan_at(8), after=noted)
+    losses = [9.0, 8.0, 7.0, 5.0, 6.0, 4.0, 3.0, 2.0, 8.0]
+    measure = run.loop._measure
+
+    def made_up() -> Any:
+        step, lower = run.loop.progress.step, bool(run.loop.progress.rolled_back)
+        return with_loss(run, 6.5 if lower else losses[step], measure)
+
+    run.loop._measure = made_up  # type: ignore[method-assign]
+    progress = run()
+    assert kept[:7] == [  # in front of each step's measurement and state
+        set(), {"best-1"}, {"best-2"}, {"best-3"}, {"state-4", "best-3"}, {"state-4", "best-3", "best-5"},
+        {"state-4", "best-3", "best-6"},
+    ]  # fmt: skip
+    assert (progress.rolled_back, progress.best) == ([8], (3, 5.0))
+    assert torch.equal(run.values, after[2]) and names(run.folder) == {"state-8", "best-3"}
+
+
+def test_weights_alone_are_kept_as_a_checkpoint_would_have_them_and_go_on_whole(tmp_path: Path) -> None:
+    kept_in = {"values": torch.bfloat16}
+    whole = measured_as(Run(tmp_path / "whole", steps=4), [9.0, 8.0, 1.0, 5.0, 6.0])
+    whole()
+    run = measured_as(Run(tmp_path / "run", steps=4, kept_in=kept_in), [9.0, 8.0, 1.0, 5.0, 6.0])
+    run()
+    assert run.values.dtype == torch.float32 and not torch.equal(run.values, whole.values)
+    assert torch.equal(run.values, whole.values.bfloat16().float())
+
+
 def test_a_state_is_saved_at_measurements_and_by_the_clock_where_nobody_says_how_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    save = state.save
+    save = state._save
 
     def noted(folder: Path, *rest: Any) -> None:
         saved.append(int(folder.name.rpartition("-")[2]))
         save(folder, *rest)
 
-    monkeypatch.setattr(state, "save", noted)
+    monkeypatch.setattr(state, "_save", noted)
     Run(tmp_path / "one", every=5, save_every=None, held_out=(), peak=1e-4)()
     assert saved == [5, 10, 12]
     monkeypatch.setattr("compress.train.loop._SAVE_SECONDS", 0.0)

@@ -1,6 +1,7 @@
 """The stages that train: finetune and distill. One process or several, to the same batches."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ CODE_VERSION = (1, teachers.CODE_VERSION, mixture.CODE_VERSION)
 LOG = "train_log.jsonl"
 _EAGER, _WORTH_COMPILING = 0.15, 600.0  # share of a GPU's arithmetic without compiling; seconds
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
+_STATE_TOKENS = 5_000_000  # trained between two states that are large: writing one takes about as long as 500k of them
 
 
 def reads(spec: TrainStage, context: Context) -> list[Any]:
@@ -246,20 +248,22 @@ class _Training:
                 sharded.own_part(parameter.data).masked_fill_(there, 0)
 
         assert spec.learning_rate is not None and spec.evaluate_every is not None
+        tokens = self.mixture.batch_size * self.mixture.sequence_length
         settings = Settings(
             steps=self.steps, micro_batch=setup.micro_batch, rate=spec.learning_rate, warm_up=spec.warm_up,
             clip=spec.clip, held_out=self.mixture.held_out(), evaluate_every=spec.evaluate_every,
-            patience=spec.patience, save_every=spec.save_every,
+            state_every=state_every(spec.evaluate_every, tokens, trainee), patience=spec.patience,
+            save_every=spec.save_every,
         )  # fmt: skip
         log = None
         if distributed.rank() == 0:
             assert context.work is not None
             events = context.work / "tensorboard"
             log = Log(self.output / LOG, spec.tracker, events, context.tracked, spec.model_dump(mode="json"))
-        tokens = self.mixture.batch_size * self.mixture.sequence_length
+        kept_in = {own: self.student.dtype(stored) for own, stored in names.items()}
         return Loop(
             trainee, optimizer, self.mixture, teach, settings, tokens, self.output, context.device,
-            context.reporter, log, start_over, keep_zeros, self._flops(),
+            context.reporter, log, start_over, keep_zeros, kept_in, self._flops(),
         )  # fmt: skip
 
     def _compiled(self) -> bool:
@@ -326,6 +330,13 @@ def _loss_words(spec: TrainStage) -> str:
     words = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in weighed)
     words += f" at temperature {spec.temperature:g}" if spec.temperature != 1 else ""
     return words + (f", beta {spec.beta:g}" if "jsd" in spec.losses.used else "")
+
+
+def state_every(evaluate_every: int, tokens: int, trainee: nn.Module) -> int:
+    """Steps between two states that training can go back to; the fewer weights are trained, the smaller states are."""
+    sizes = [(each.numel(), each.requires_grad) for each in trainee.parameters()]
+    share = sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+    return evaluate_every * max(1, math.ceil(_STATE_TOKENS * share / (evaluate_every * tokens)))
 
 
 def make_optimizer(trainee: nn.Module, name: str, weight_decay: float) -> torch.optim.Optimizer:

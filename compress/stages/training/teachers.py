@@ -16,11 +16,11 @@ from compress.recipe.train import BASE, DistillStage, TrainStage
 from compress.stages.training.texts import in_use
 from compress.system import distributed
 from compress.system.fingerprint import fingerprint
-from compress.train.loop import Place, Teach, inputs_of
+from compress.train.loop import Place, Teach
 from compress.train.losses.inputs import Head
 from compress.train.teacher.cached import TeacherCache, fill
 from compress.train.teacher.online import OnlineTeacher
-from compress.train.trainee import Inputs, Taught
+from compress.train.trainee import Inputs, Taught, inputs_of
 
 CODE_VERSION = 1
 _AT_ONCE = {"cuda": 16384, "cpu": 2048}  # tokens that the teacher is asked about together
