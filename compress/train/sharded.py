@@ -10,6 +10,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 _SMALL = 1_000_000_000  # parameters up to which all of them are one group: hooks around each layer cost a GPU more
+_COMPILED_INPUTS = 8  # kinds of inputs of a layer: whole and ragged micro-batches, with gradients and without
 
 Load = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -82,6 +84,8 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    if compiled:
+        _expect_variants(decoder)
     places = {id(parameter): name for name, parameter in module.named_parameters()}
     small = mesh.size() == 1 and sum(parameter.numel() for parameter in module.parameters()) < _SMALL
     for part in [*decoder, module]:
@@ -94,6 +98,16 @@ def shard(
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
         if not alone and (part is module or not small):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=part is not module and mesh.size() > 1)
+
+
+def _expect_variants(decoder: nn.ModuleList) -> None:
+    """Let each kind of layer be compiled for its inputs; beyond a number torch gives up, and says so in its log alone."""
+    kinds = {
+        (getattr(layer, "attention_type", None), *((name, each.shape) for name, each in layer.named_parameters()))
+        for layer in decoder
+    }
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _COMPILED_INPUTS * len(kinds))
 
 
 def _fill(part: nn.Module, places: dict[int, str], load: Load, device: torch.device) -> None:

@@ -111,7 +111,7 @@ class Trainee(nn.Module):
     def forward(self, inputs: Inputs, taught: Taught | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss, summed over rows, and the sum of each of its terms."""
         if not self._checked:
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled():
                 check_head(self.model, inputs.tokens[:1], "the model that is trained")
                 check_isolated(self.model, inputs.tokens.device)
             self._checked = True
@@ -136,6 +136,11 @@ class Trainee(nn.Module):
             loss = loss + self.objective.hidden * missed
             parts["hidden"] = missed.detach()
         return loss, parts
+
+
+def uncompiled() -> Any:
+    """Inside, compiled layers run as they are: each short input of a trial would be compiled for."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def states_of(model: nn.Module, decoder: nn.ModuleList, inputs: Inputs, layers: Sequence[int] = ()) -> States:

@@ -349,6 +349,30 @@ def test_the_teacher_is_asked_once_for_each_forward_pass_and_stays_as_it_is(
         assert torch.equal(parameter, stored[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch, of what it looks at itself
+def test_compiled_layers_stay_so_in_one_stage_behind_another(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has to compile for more kinds of inputs than it takes, it gives up and only warns of it."""
+    import torch._dynamo.config as config
+    from torch._dynamo.utils import counters
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **rest: compiled(*args, backend="aot_eager", **rest))
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    stage = spec(models.text, loss="kl", micro_batch=2, compile=True)
+    for folder in ("one", "two", "three"):
+        counters.clear()
+        train(models.small, tmp_path / folder, stage, base=models.base)
+        assert counters["stats"]["unique_graphs"] == 5  # teacher and measured student with 2 rows and 1, trained with 2
+        assert not counters["unimplemented"] and not counters["graph_break"]
+    plain = spec(models.text, loss="kl", micro_batch=2)
+    train(models.small, tmp_path / "plain", plain, base=models.base)
+    theirs = weights(tmp_path / "plain" / "checkpoint")
+    for name, tensor in weights(tmp_path / "one" / "checkpoint").items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-5), name
+
+
 def test_cached_targets_are_drawn_once_and_read_again_by_another_stage(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,8 @@ class _Training:
 
     def run(self) -> Result:
         """Train, write, and say what came of it."""
+        if self._compiled():
+            torch.compiler.reset()  # what earlier stages compiled counts towards torch's limits
         teach, bytes_per_token = self._teaching()
         trainee, decoder, names = build(
             self.student, self._objective(), self._widths(), self.spec.lora, self.context.trust_remote_code
