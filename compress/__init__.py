@@ -4,6 +4,8 @@ The command line calls these, and so can a notebook; examples/ shows how:
 
     compress.run(recipe, ...)                compress a model, verify the checkpoint, measure what it cost
     compress.evaluate(base, candidate, ...)  perplexity, KL divergence and agreement of any two checkpoints
+    compress.sweep(recipe, over=[...], ...)  many recipes that differ in a few values, and what each costs
+    compress.compare(results, output, ...)   finished results in one table and one picture
     compress.verify(checkpoint, ...)         open it with the stock loader and with ours: what agrees, what differs
     compress.inspect(checkpoint)             what it holds and how it was made
 
@@ -17,14 +19,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.runs.runner import run
     from compress.runs.tools import evaluate, inspect, verify
+    from compress.sweeps.driver import sweep
+    from compress.sweeps.results import compare
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "inspect", "run", "verify"]
+__all__ = ["compare", "evaluate", "inspect", "run", "sweep", "verify"]
 
-_WHERE = {"run": "runner", "evaluate": "tools", "inspect": "tools", "verify": "tools"}
+_WHERE = {
+    "run": "runs.runner",
+    "evaluate": "runs.tools",
+    "inspect": "runs.tools",
+    "verify": "runs.tools",
+    "sweep": "sweeps.driver",
+    "compare": "sweeps.results",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'compress' has no attribute {name!r}")
-    return getattr(import_module(f"compress.runs.{_WHERE[name]}"), name)
+    return getattr(import_module(f"compress.{_WHERE[name]}"), name)

@@ -11,6 +11,20 @@ import typer
 from typer.core import TyperGroup
 
 import compress
+from compress.cli_options import (
+    DebugOption,
+    DeviceOption,
+    ModelOption,
+    OutputOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    TrustOption,
+    WorkOption,
+    print_table,
+    reporter_of,
+)
+from compress.cli_sweep import compare, sweep_app
 from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed, interrupts, launcher
 from compress.system.units import parse_size
@@ -66,22 +80,8 @@ recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with dsc
 cache_app = typer.Typer(no_args_is_help=True, help="Intermediate artefacts in a work folder.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(cache_app, name="cache")
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a bundled one.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set stages.0.bits=3.")
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Use this model instead of the recipe's.")]
-OutputOption = Annotated[Path | None, typer.Option("--output", help="Write the checkpoint here.")]
-WorkOption = Annotated[
-    Path | None, typer.Option("--work-dir", help="Intermediate artefacts; default: .dscompress beside the output.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and results.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+app.add_typer(sweep_app, name="sweep")
+app.command()(compare)
 
 
 def _version(asked: bool) -> None:
@@ -143,7 +143,7 @@ def run(
         device = distributed.join(device)
     loaded = _load(recipe, overrides, model, output)
     work = work_dir.absolute() if work_dir else None
-    reporter = _reporter(quiet, verbose)
+    reporter = reporter_of(quiet, verbose)
     if launches:
         raise typer.Exit(launcher.launch(nproc, device, sys.argv[1:], reporter.say, nnodes, rdzv))
     if dry_run:
@@ -156,7 +156,7 @@ def run(
     )
     if report is None:
         return
-    _print_table(summary_table(report))
+    print_table(("", "base", "compressed", "change"), summary_table(report))
     if words := speed_words(report):
         print(f"speed       {words}")
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
@@ -179,7 +179,7 @@ def validate(
     folder = Path(loaded.model)
     models = {name: Path(name) for name in other_models(loaded) if Path(name).is_dir()}
     planned = plan_run(loaded, folder if folder.is_dir() else None, models)
-    reporter = _reporter(False, False)
+    reporter = reporter_of(False, False)
     for line in planned.warnings:
         reporter.warn(line)
     print(f"{recipe}: valid")
@@ -210,7 +210,7 @@ def eval(
     debug: DebugOption = False,
 ) -> None:
     """Compare two checkpoints: perplexity, KL divergence, top-1 agreement. Prints JSON."""
-    reporter = _reporter(quiet, False)
+    reporter = reporter_of(quiet, False)
     work = work_dir or Path.cwd() / ".dscompress"
     quality = compress.evaluate(
         base, candidate, text=text, sequence_length=sequence_length, windows=windows, device=device, work_dir=work,
@@ -227,7 +227,7 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Open a checkpoint with the stock loader and with ours, and compare: PASS, or what differs."""
-    _reporter(False, False)
+    reporter_of(False, False)
     checks = compress.verify(checkpoint, device=device, trust_remote_code=trust_remote_code)
     for check in checks:
         word = {True: "ok  ", False: "FAIL", None: "-   "}[check.passed]
@@ -341,38 +341,6 @@ def _bytes(size: str | None) -> int | None:
     if found is None:
         raise UserError(f"--max-memory {size}: is no size; write it like 8GB, 7.5GiB or 500MB")
     return found
-
-
-def _reporter(quiet: bool, verbose: bool) -> "Reporter":
-    from compress.system.progress import Reporter
-
-    if not verbose:
-        _hush()
-    return Reporter(quiet, silent=distributed.rank() > 0)
-
-
-def _hush() -> None:
-    """Keep the libraries' own bars and notices off the screen; `-v` shows them."""
-    import logging
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    for name in ("torchao", "torch.utils._pytree"):  # kernels for GPUs that are not there; how torchao registers
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _print_table(rows: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for head in ("", "base", "compressed", "change"):
-        table.add_column(head, justify="right" if head else "left")
-    for row in rows:
-        table.add_row(*[str(cell) for cell in row])
-    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,29 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 FOLDERS = {"compress", "recipes", "calibration", "tests", "examples"}
 WRITTEN_BY_RUNS_AND_BUILDS = {"outputs", "build", "dist", "__pycache__"}
-LIGHT = ("compress.recipe", "compress.errors", "compress.records", "compress.report", "compress.stages.contract")
+LIGHT = (
+    "compress.recipe",
+    "compress.errors",
+    "compress.records",
+    "compress.sweep_records",
+    "compress.sweeps.points",
+    "compress.sweeps.prepare",
+    "compress.report",
+    "compress.stages.contract",
+)
 HEAVY = ("torch", "transformers")
 # From the command down: a package imports what stands below it, and nothing beside it.
 LEVELS = (
     ("compress.cli", "compress.__init__"),
+    ("compress.cli_sweep",),
+    ("compress.cli_options",),
+    ("compress.sweeps",),
     ("compress.runs",),
     ("compress.stages", "compress.evaluation", "compress.export", "compress.report"),
     ("compress.loop", "compress.data", "compress.formats", "compress.quant", "compress.prune", "compress.train"),
     ("compress.recipe", "compress.model", "compress.kernels"),
     ("compress.system",),
-    ("compress.errors", "compress.records"),
+    ("compress.errors", "compress.records", "compress.sweep_records"),
 )
 EXCEPTIONS = {
     "compress.formats": ("compress.quant.grid",),  # the one definition of rounding

@@ -21,6 +21,7 @@ from compress.model.side_files import side_digest
 from compress.system import distributed
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
+from compress.system.locks import made_once
 from compress.system.machine import versions
 
 CODE_VERSION = 1
@@ -71,14 +72,24 @@ def _compare(
     kept = _texts(cache, base, base_id, prompts, context)
     for file in (verdict, kept) if fresh else ():
         file.unlink(missing_ok=True)
-    if verdict.is_file():
-        return
+    with made_once(
+        verdict, lambda holder: context.reporter.say(f"waiting for {holder}, which opens the same model")
+    ) as missing:
+        if missing:
+            _ask(base, stream, context, list(prompts), kept, verdict)
+
+
+def _ask(
+    base: Checkpoint, stream: LayerStream, context: Context, prompts: list[str], kept: Path, verdict: Path
+) -> None:
+    """Ask stock transformers, and keep what it says: the verdict, and its texts where they are not there."""
+    tokens, dtype = context.probe[0], str(context.dtype).removeprefix("torch.")
     refusal = stock_refusal(base, context.device, context.dtype, context.max_memory)
     if refusal is not None:
         context.reporter.say(f"the base was not compared with stock transformers: {refusal}")
         return
     context.reporter.say("comparing the base with stock transformers")
-    wanted = [] if kept.is_file() else list(prompts)
+    wanted = [] if kept.is_file() else prompts
     request = Request(str(base.folder), str(context.device), dtype, tokens.tolist(), wanted, context.trust_remote_code)
     with asked(request) as wait:
         try:
@@ -91,7 +102,6 @@ def _compare(
     difference, allowed = _difference(base, answer, own, context)
     if difference is None:
         return
-    cache.mkdir(parents=True, exist_ok=True)
     if wanted:
         write_text(kept, json.dumps(answer.continuations))
     write_text(verdict, json.dumps({"max_logit_difference": difference, "tolerance": allowed}))

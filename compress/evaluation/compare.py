@@ -20,6 +20,7 @@ from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import read_part, write_part
 from compress.system.fingerprint import fingerprint
+from compress.system.locks import made_once
 
 CODE_VERSION = 2
 
@@ -46,12 +47,13 @@ def compare(
     streams = [open_view(v, context.device, context.dtype, context.trust_remote_code) for v in (base, candidate)]
     key = fingerprint("hidden", CODE_VERSION, base_id, windows.sha256, str(context.dtype))
     kept = cache / f"{key}.safetensors"
-    if kept.exists():
-        hidden_base = list(read_part(kept)[0]["hidden"].split(1))
-    else:
-        hidden_base = _last_hidden(streams[0], windows.tokens, context, "evaluating the base")
-        cache.mkdir(parents=True, exist_ok=True)
-        write_part(kept, {"hidden": torch.cat(hidden_base)}, {})
+    wait = "which evaluates the base on the same text"
+    with made_once(kept, lambda holder: context.reporter.say(f"waiting for {holder}, {wait}")) as missing:
+        if missing:
+            hidden_base = _last_hidden(streams[0], windows.tokens, context, "evaluating the base")
+            write_part(kept, {"hidden": torch.cat(hidden_base)}, {})
+        else:
+            hidden_base = list(read_part(kept)[0]["hidden"].split(1))
     hidden_candidate = _last_hidden(streams[1], windows.tokens, context, "evaluating the result")
     found: list[TokenDivergence] = []
     with (

@@ -37,6 +37,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     model: str | None = None,
     output: str | None = None,
+    point: Sequence[str] = (),
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -46,6 +47,7 @@ def load_recipe(
         overrides: `path=value` assignments such as `stages.0.bits=3`, applied in order.
         model: replaces the recipe's `model`.
         output: replaces the recipe's `output`.
+        point: assignments that make the recipe a point of a sweep, which it then has no more.
 
     Raises:
         RecipeError: every problem found, a line each.
@@ -56,10 +58,12 @@ def load_recipe(
         document = Document.read(path, Path.cwd() if bundled else path.parent)
     else:
         document = Document.of(reference)
-    for assignment in overrides:
+    for option, assignment in [*(("--set", each) for each in overrides), *(("sweep", each) for each in point)]:
         if re.match(r"\s*calibration\s*[.\[]", assignment):
             _write_out_calibration(document)
-        document.override(assignment)
+        document.override(assignment, option)
+    if point:
+        document.data.pop("sweep", None)
     for key, value in (("model", model), ("output", output)):
         if value is not None:
             document.put(key, value, Place(COMMAND_LINE, f"--{key}", Path.cwd()))

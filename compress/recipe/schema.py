@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from compress.recipe.sweep import Sweep
 from compress.recipe.text import CalibrationSpec
 from compress.recipe.types import Closed, Count, StageSpec, Text
 from compress.stages import KINDS
@@ -97,7 +98,14 @@ class Recipe(Closed):
     evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_parse_switch)] = Field(
         default=EvaluateSpec(), description="How the result is measured; false or null skips it."
     )
+    sweep: Sweep | None = Field(
+        default=None, description="Values to vary, for `dscompress sweep`: one result for each, and what each costs."
+    )
     output: Text = Field(description="Folder of the finished checkpoint and its report, such as outputs/my_model.")
+
+    def shown(self) -> dict[str, Any]:
+        """What was given, without defaults, as JSON can hold it."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
     @field_validator("stages")
     @classmethod

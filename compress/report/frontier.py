@@ -4,6 +4,7 @@ A figure has one name everywhere: in `sweep.json`, in `subject_to` of a search, 
 benchmarks are called `tasks.NAME`. Never imports torch.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,9 @@ FIGURES: Mapping[str, Figure] = {
         "Perplexity, times the base's", False, _quality(lambda q: q.perplexity.compressed / q.perplexity.base),
         _quality(lambda q: 1.0), lambda v: f"{v:.3f}", log=True,
     ),
-    "top1": Figure("Top-1 agreement", True, _quality(lambda q: q.top1_agreement.mean), _quality(lambda q: 1.0), percent),
+    "top1": Figure(
+        "Top-1 agreement", True, _quality(lambda q: q.top1_agreement.mean), _quality(lambda q: 1.0), percent,
+    ),
     "prefill": Figure(
         "Prefill, tokens/s", True, _speed(lambda s: s.compressed.prefill_tokens_per_second),
         _speed(lambda s: s.base.prefill_tokens_per_second), lambda v: f"{v:,.0f}",
@@ -106,7 +109,7 @@ def figure_of(name: str) -> Figure | None:
 
 
 def figures_of(report: Report) -> tuple[dict[str, float], dict[str, float]]:
-    """What was measured of a report's result, and of its base, by the figures' names."""
+    """What was measured of a report's result, and of its base, by the figures' names; what is no number is left out."""
     tasks = [] if report.quality is None else [f"{TASKS}{name}" for name in report.quality.tasks]
     ours: dict[str, float] = {}
     base: dict[str, float] = {}
@@ -115,7 +118,7 @@ def figures_of(report: Report) -> tuple[dict[str, float], dict[str, float]]:
         assert figure is not None
         for found, read in ((ours, figure.read), (base, figure.base)):
             value = read(report)
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 found[name] = float(value)
     return ours, base
 
@@ -123,14 +126,20 @@ def figures_of(report: Report) -> tuple[dict[str, float], dict[str, float]]:
 def frontier(rows: Sequence[Mapping[str, float]], size: str = "bytes", cost: str = "kl") -> set[int]:
     """Which rows no other one beats: none is at most as large, at most as far from the base, and better in one of both.
 
-    Rows without either figure are never among them.
+    Any two figures will do; of those of which more is better, less counts as farther. Rows without either figure, or
+    with one that is not finite, are never among them.
     """
-    there = [(row[size], row[cost], place) for place, row in enumerate(rows) if size in row and cost in row]
+    signs = [-1 if (figure := figure_of(name)) and figure.larger_is_better else 1 for name in (size, cost)]
+    there = [
+        (signs[0] * row[size], signs[1] * row[cost], place)
+        for place, row in enumerate(rows)
+        if math.isfinite(row.get(size, math.nan)) and math.isfinite(row.get(cost, math.nan))
+    ]
     found: set[int] = set()
-    least = float("inf")
-    for small in sorted({each[0] for each in there}):
-        best = min(each[1] for each in there if each[0] == small)
-        if best < least:
-            found |= {place for bytes_, kl, place in there if (bytes_, kl) == (small, best)}
-            least = best
+    least, smallest = math.inf, math.nan
+    for small, far, place in sorted(there):
+        if far < least:
+            least, smallest = far, small
+        if (small, far) == (smallest, least):
+            found.add(place)
     return found

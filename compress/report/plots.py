@@ -1,54 +1,20 @@
 """The pictures of report.html, as SVG that lies inside the page and takes its colours from the page's style sheet.
 
-Matplotlib is imported when a picture is drawn. It draws in placeholder colours that become CSS variables, so one
-picture serves the light and the dark scheme; text stays text. The same report gives the same bytes.
+The same report gives the same bytes.
 """
 
-import io
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from compress.records import Quality, Report, Trained
 from compress.report import figures
+from compress.report.canvas import INK, MARKERS, MUTED, PANEL, SERIES, canvas, legend, svg
 from compress.report.chain import chain_points
 from compress.report.figures import MatrixRow
 from compress.system.units import count, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_VARIABLES = {"#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)", "#040404": "var(--panel)"}
-_INK, _MUTED, _RULE, _PANEL = _VARIABLES
-_SERIES = [f"#0505{number:02x}" for number in range(8)]
-_VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
-_MARKERS = "osD^vPX*"
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dscompress",
-    "font.family": "sans-serif",
-    "text.parse_math": False,
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _RULE,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-}
 
 
 def error_by_layer(report: Report) -> str | None:
@@ -62,14 +28,14 @@ def error_by_layer(report: Report) -> str | None:
     if not by_kind:
         return None
     fallbacks = [row for layers in by_kind.values() for rows in layers.values() for row in rows if row.module.fallback]
-    with _canvas(3.9) as (figure, axes):
+    with canvas(3.9) as (figure, axes):
         axes.set_yscale("log")
         for number, (kind, layers) in enumerate(by_kind.items()):
-            style: dict[str, Any] = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8]}
+            style: dict[str, Any] = {"color": SERIES[number % 8], "marker": MARKERS[number % 8]}
             means = [fmean(row.module.error or 0.0 for row in rows) for rows in layers.values()]
             axes.plot(list(layers), means, label=kind, markersize=4, linewidth=1.4, markeredgewidth=0, **style)
         if fallbacks:
-            ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": _INK}
+            ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": INK}
             layers_hit, errors = zip(*((row.layer or 0, row.module.error or 0.0) for row in fallbacks), strict=True)
             axes.plot(layers_hit, errors, linestyle="none", label="fallback", **ring)
         axes.yaxis.set_major_formatter(_percent)
@@ -77,8 +43,8 @@ def error_by_layer(report: Report) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="decoder layer", ylabel="relative output error")
         axes.margins(x=0.02)
-        _legend(axes)
-        return _svg(figure, "layers", "Relative output error of every kind of matrix over the layers")
+        legend(axes)
+        return svg(figure, "layers", "Relative output error of every kind of matrix over the layers")
 
 
 def kl_by_window(quality: Quality) -> str | None:
@@ -88,20 +54,20 @@ def kl_by_window(quality: Quality) -> str | None:
     windows = quality.kl_per_window
     if len(windows) < 2:
         return None
-    with _canvas(2.7) as (figure, axes):
+    with canvas(2.7) as (figure, axes):
         if quality.kl.ci95 is not None:
-            axes.axhspan(*quality.kl.ci95, color=_SERIES[0], alpha=0.2, linewidth=0, label="95 % interval of the mean")
-        axes.axhline(quality.kl.mean, color=_SERIES[0], linewidth=1.4, label=f"mean {figures.number(quality.kl.mean)}")
+            axes.axhspan(*quality.kl.ci95, color=SERIES[0], alpha=0.2, linewidth=0, label="95 % interval of the mean")
+        axes.axhline(quality.kl.mean, color=SERIES[0], linewidth=1.4, label=f"mean {figures.number(quality.kl.mean)}")
         size = 5 if len(windows) <= 200 else 2.5
-        axes.plot(windows, linestyle="none", marker="o", markersize=size, color=_SERIES[1], label="one window")
+        axes.plot(windows, linestyle="none", marker="o", markersize=size, color=SERIES[1], label="one window")
         axes.set(xlabel="evaluation window, in the order of the text", ylabel="KL, nats per token")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
-        _legend(axes)
-        return _svg(figure, "windows", "KL divergence of every evaluation window")
+        legend(axes)
+        return svg(figure, "windows", "KL divergence of every evaluation window")
 
 
 def size_bars(report: Report) -> str | None:
@@ -111,14 +77,14 @@ def size_bars(report: Report) -> str | None:
         return None
     names = ["quantized matrices", "kept as they were (embeddings, norms, ...)"]
     widest = max(report.base.bytes, report.compressed.bytes)
-    with _canvas(1.75) as (figure, axes):
-        for part, (name, colour) in enumerate(zip(names, [_SERIES[0], _SERIES[7]], strict=True)):
+    with canvas(1.75) as (figure, axes):
+        for part, (name, colour) in enumerate(zip(names, [SERIES[0], SERIES[7]], strict=True)):
             lefts, widths = [sum(bar[:part]) for bar in parts], [bar[part] for bar in parts]
             axes.barh([1, 0], widths, 0.6, left=lefts, color=colour, label=name)
             for y, left, width in zip((1, 0), lefts, widths, strict=True):
                 if width > 0.12 * widest:
                     label = size(width)
-                    axes.text(left + width / 2, y, label, color=_PANEL, ha="center", va="center_baseline")
+                    axes.text(left + width / 2, y, label, color=PANEL, ha="center", va="center_baseline")
         for y, end in ((1, report.base.bytes), (0, report.compressed.bytes)):
             axes.text(end + 0.01 * widest, y, size(end), va="center_baseline")
         axes.set_yticks([1, 0], ["base", "compressed"])
@@ -127,8 +93,8 @@ def size_bars(report: Report) -> str | None:
         axes.grid(False)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_xlim(0, 1.13 * widest)
-        _legend(axes)
-        return _svg(figure, "sizes", "Bytes on disk of the base and of the compressed checkpoint")
+        legend(axes)
+        return svg(figure, "sizes", "Bytes on disk of the base and of the compressed checkpoint")
 
 
 def loss_curve(trained: Trained, number: int) -> str | None:
@@ -142,12 +108,12 @@ def loss_curve(trained: Trained, number: int) -> str | None:
     if max(map(len, lines.values())) < 2:
         return None
     values = [value for pairs in lines.values() for _, value in pairs]
-    with _canvas(3.2) as (figure, axes):
+    with canvas(3.2) as (figure, axes):
         if 0 < 20 * min(values) < max(values):
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(lambda value, _: _minor(value, axes, f"{value:g}"))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        for (label, pairs), colour in zip(lines.items(), _SERIES, strict=False):
+        for (label, pairs), colour in zip(lines.items(), SERIES, strict=False):
             if pairs:
                 marker: Any = {"marker": "o", "markersize": 4, "markeredgewidth": 0} if len(pairs) <= 60 else {}
                 steps, losses = zip(*pairs, strict=True)
@@ -156,18 +122,18 @@ def loss_curve(trained: Trained, number: int) -> str | None:
         best = trained.best_step
         if best is not None and best in dict(trained.held_out):
             ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
-            ring |= {"markeredgecolor": _INK, "linestyle": "none", "gid": "best"}
+            ring |= {"markeredgecolor": INK, "linestyle": "none", "gid": "best"}
             axes.plot([best], [dict(trained.held_out)[best]], label=f"best, step {best:,}", **ring)
         for index, step in enumerate(trained.rolled_back):
-            style: dict[str, Any] = {"color": _MUTED, "linestyle": ":", "linewidth": 1.4, "gid": f"rolled-back-{index}"}
+            style: dict[str, Any] = {"color": MUTED, "linestyle": ":", "linewidth": 1.4, "gid": f"rolled-back-{index}"}
             axes.axvline(step, label="" if index else "rolled back", **style)
         each = f"{count(trained.tokens / trained.steps)} tokens each, " if trained.steps else ""
         axes.set(xlabel=f"step ({each}{count(trained.tokens)} in all)", ylabel="mean loss")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
-        _legend(axes)
-        return _svg(figure, f"training-{number}", f"Losses over the steps of stage {number}")
+        legend(axes)
+        return svg(figure, f"training-{number}", f"Losses over the steps of stage {number}")
 
 
 def chain_curve(report: Report) -> str | None:
@@ -176,11 +142,11 @@ def chain_curve(report: Report) -> str | None:
     if not points:
         return None
     verbs = list(dict.fromkeys(point.verb for point in points))
-    with _canvas(3.4) as (figure, axes):
-        way: dict[str, Any] = {"color": _MUTED, "linewidth": 1.2, "gid": "way"}
+    with canvas(3.4) as (figure, axes):
+        way: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "gid": "way"}
         axes.plot([point.parameters for point in points], [point.kl for point in points], **way)
         for number, verb in enumerate(verbs):
-            style: dict[str, Any] = {"color": _SERIES[number % 8], "marker": _MARKERS[number % 8], "markersize": 7}
+            style: dict[str, Any] = {"color": SERIES[number % 8], "marker": MARKERS[number % 8], "markersize": 7}
             places = [(point.parameters, point.kl) for point in points if point.verb == verb]
             style |= {"linestyle": "none", "markeredgewidth": 0, "clip_on": False, "zorder": 3}
             axes.plot(*zip(*places, strict=True), label=verb, **style)
@@ -195,8 +161,8 @@ def chain_curve(report: Report) -> str | None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.margins(x=0.05, y=0.1)
         axes.set_ylim(bottom=0)
-        _legend(axes)
-        return _svg(figure, "chain", "KL divergence from the base against parameters, from stage to stage")
+        legend(axes)
+        return svg(figure, "chain", "KL divergence from the base against parameters, from stage to stage")
 
 
 def _scale(largest: int) -> tuple[int, str]:
@@ -213,37 +179,3 @@ def _minor(value: float, axes: "Axes", label: str) -> str:
     """The label of 2 and 5 between the powers of ten where the axis spans less than two of them."""
     low, high = axes.get_ylim()
     return label if high / low < 100 and f"{value:.0e}"[0] in "25" else ""
-
-
-def _legend(axes: "Axes") -> None:
-    columns = min(8, len(axes.get_legend_handles_labels()[0]))
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=1.6)
-
-
-@contextmanager
-def _canvas(height: float) -> "Iterator[tuple[Figure, Axes]]":
-    """An empty figure of this height (inches); draw and save it inside of the context, which holds the style."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, height), layout="constrained")
-        yield figure, figure.add_subplot()
-
-
-def _svg(figure: "Figure", prefix: str, label: str) -> str:
-    """The figure as an <svg> element for the page: ids of its own, the page's font, colours as CSS variables."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    text = buffer.getvalue()
-    viewbox = re.search(r'viewBox="[^"]*"', text)
-    assert viewbox is not None
-    text = text[text.index("</defs>", text.index("<style")) + len("</defs>") :]  # the prologue and its global style
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, variable)
-    return f'<svg role="img" aria-label="{label}" {viewbox[0]}>{text}'

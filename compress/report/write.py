@@ -4,21 +4,16 @@ All four state the same figures (compress/report/figures.py). Each file appears 
 style and its pictures, and loads nothing.
 """
 
-import contextlib
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from compress.errors import OutputError
 from compress.records import Report
 from compress.report import card, chain, figures
 from compress.report.figures import speed_words, summary_table
+from compress.report.pages import environment, write
 from compress.report.pruning import pruned_views
 from compress.report.training import TEXT_HEADS, trained_views
-from compress.system.units import count, size
+from compress.system.units import size
 
 __all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
 
@@ -43,12 +38,12 @@ def write_report(report: Report, folder: Path) -> None:
     safe: dict[str, Any] = {name: Markup(svg) if svg else None for name, svg in pictures.items()}
     curves = {each.number: plots.loss_curve(each.trained, each.number) for each in view["trained"]}
     safe["loss_plots"] = {number: Markup(svg) for number, svg in curves.items() if svg}
-    environment = _environment()
-    css = environment.get_template("report.css").render()
-    page = environment.get_template("report.html.jinja").render(view | safe, css=Markup(css))
-    _write(folder / "report.json", report.model_dump_json(indent=2) + "\n")
-    _write(folder / "report.md", environment.get_template("report.md.jinja").render(view))
-    _write(folder / "report.html", page)
+    templates = environment()
+    css = templates.get_template("report.css").render()
+    page = templates.get_template("report.html.jinja").render(view | safe, css=Markup(css))
+    write(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    write(folder / "report.md", templates.get_template("report.md.jinja").render(view))
+    write(folder / "report.html", page)
 
 
 def write_model_card(report: Report, folder: Path) -> None:
@@ -57,8 +52,8 @@ def write_model_card(report: Report, folder: Path) -> None:
     Raises:
         OutputError: the file can't be written there.
     """
-    text = _environment().get_template("model_card.md.jinja").render(_view(report) | card.view(report))
-    _write(folder / "README.md", text)
+    text = environment().get_template("model_card.md.jinja").render(_view(report) | card.view(report))
+    write(folder / "README.md", text)
 
 
 def _view(report: Report) -> dict[str, Any]:
@@ -142,55 +137,3 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.versions:
         facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())))
     return facts
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("compress.report", "templates"),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "size": lambda value: "–" if value is None else size(value),
-        "count": count,
-        "number": figures.number,
-        "perplexity": figures.perplexity,
-        "percent": figures.percent,
-        "precision": figures.precision,
-        "interval": figures.interval,
-        "duration": figures.duration,
-        "spec": figures.spec_words,
-        "prose": _prose,
-        "cell": lambda text: _prose(text).replace("|", "\\|"),
-        "fenced": _fenced,
-    }
-    environment.filters.update(filters)
-    return environment
-
-
-def _prose(text: str) -> str:
-    """Text as one line of Markdown that shows it as it is."""
-    return re.sub(r"([\\`*<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    """Text as a Markdown code block; its fence is longer than any run of backticks in it."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _write(path: Path, text: str) -> None:
-    """`text` under its final name once whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: can't be written ({error.strerror or error}); free the disk or choose another output folder"
-        ) from error

@@ -54,6 +54,18 @@ def clean_cache(work: Path) -> int:
     return freed
 
 
+def drop_artefact(work: Path, key: str) -> None:
+    """Delete what a stage has made, unless a run is using it."""
+    folder = work / "stages" / key
+    with FileLock(folder.with_name(f"{key}.lock")) as lock:
+        try:
+            lock.acquire(exclusive=True)
+        except InUseError:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{key}.probe.safetensors").unlink(missing_ok=True)
+
+
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

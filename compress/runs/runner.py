@@ -17,7 +17,7 @@ import torch
 
 from compress import records
 from compress.data.calibration import TokenSet, load_calibration, load_windows
-from compress.errors import DscompressError, OutputError, UserError
+from compress.errors import DscompressError, OutputError, RecipeError, UserError
 from compress.evaluation.base import check_base
 from compress.evaluation.stock import started_ahead
 from compress.evaluation.verify import probe_of, probe_tokens
@@ -96,6 +96,8 @@ def run(
         reference = recipe if isinstance(recipe, Mapping) else str(recipe)
         where = None if output is None else str(output)
         recipe = load_recipe(reference, overrides=overrides, model=model, output=where)
+    if recipe.sweep is not None:
+        raise RecipeError([f"{recipe.name}: has a sweep, which gives many results; use dscompress sweep"])
     work = None if work_dir is None else Path(work_dir).absolute()
     job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
     with job.in_its_place(), _fitting(), ExitStack() as kept:
@@ -308,7 +310,7 @@ class _Job:
             bits_per_weight=8 * result.bytes / parameters, quantized_bits_per_weight=last.quantized_bits_per_weight,
         )  # fmt: skip
         return records.Report(
-            name=self.recipe.name, recipe=_shown(self.recipe), created=records.now(),
+            name=self.recipe.name, recipe=self.recipe.shown(), created=records.now(),
             seconds=time.monotonic() - self.started,
             base=records.Base(
                 model=self.recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=self.base_id
@@ -391,8 +393,3 @@ def _calibration(tokens: TokenSet | None) -> records.Calibration | None:
         name=tokens.name, source=Path(tokens.source).name, licence=tokens.licence, sequences=tokens.sequences,
         sequence_length=tokens.sequence_length, tokens=tokens.count, sha256=tokens.sha256,
     )  # fmt: skip
-
-
-def _shown(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the report repeats it: what was given, without defaults."""
-    return recipe.model_dump(mode="json", exclude_defaults=True)

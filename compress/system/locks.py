@@ -8,8 +8,8 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -170,6 +170,22 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+@contextmanager
+def made_once(file: Path, waiting: Callable[[str], None]) -> Iterator[bool]:
+    """Inside, whether this process has to make a file; others that want it wait until it is there.
+
+    Args:
+        file: what appears whole or not at all.
+        waiting: told who is making it, where it has to be waited for.
+    """
+    if file.exists():
+        yield False
+        return
+    with FileLock(file.with_name(f"{file.name.partition('.')[0]}.lock")) as lock:
+        lock.acquire(exclusive=True, waiting=waiting)
+        yield not file.exists()
 
 
 def remove_unused_locks(folder: Path) -> None:

@@ -101,7 +101,7 @@ def shard(
 
 
 def _expect_variants(decoder: nn.ModuleList) -> None:
-    """Let each kind of layer be compiled for its inputs; beyond a number torch gives up, and says so in its log alone."""
+    """Let each kind of layer be compiled for its inputs; beyond a number torch gives up, and only warns of it."""
     kinds = {
         (getattr(layer, "attention_type", None), *((name, each.shape) for name, each in layer.named_parameters()))
         for layer in decoder

@@ -1,0 +1,1 @@
+"""Sweeps: many points of one recipe, with what they share done once."""
