@@ -19,7 +19,7 @@ class Point(_Typed):
     """One recipe of a sweep.
 
     `settings` are the values that make it this point, by their paths in the recipe. `key` is a digest of the recipe,
-    the model and the texts: what is finished under another one is done again. `folder` holds checkpoint and report,
+    the model and the texts: what is finished under another one is made again. `folder` holds checkpoint and report,
     relative to the sweep's (absolute for what lies elsewhere); `kept` says whether the weights are still there.
     `seconds` is what this point took here, with work that it shared and found done left out. `on_frontier`: no other
     point is both smaller and closer to the base.

@@ -1,7 +1,7 @@
 """Makes the points of a sweep: hands them to workers, notes what became of each, and writes what it all comes to.
 
-`sweep.json` in the sweep's folder is written behind every point, so the same command goes on where it was stopped and
-makes no point twice. What points share is made once: a point with a stage that another one makes comes later, or waits.
+What became of a finished point is written beside its folder, so the same command goes on where it was stopped and makes
+no point twice. What points share is made once: one with a stage that another one is making comes later, or waits.
 """
 
 import time
@@ -24,7 +24,7 @@ from compress.sweeps import tree
 from compress.sweeps.display import Board
 from compress.sweeps.local import LocalWorkers
 from compress.sweeps.points import POINTS, Planned, load_sweep
-from compress.sweeps.prepare import Prepared, prepare, read_sweep
+from compress.sweeps.prepare import Prepared, prepare, read_point, read_sweep, write_point
 from compress.sweeps.search import Bisection, is_whole
 from compress.sweeps.work import Event, Task, Workers
 from compress.system.files import make_writable, write_text, writing
@@ -82,7 +82,7 @@ def sweep(
         else:
             from compress.sweeps.rays import RayWorkers
 
-            workers = RayWorkers(ray, job.folder, jobs if jobs > 1 else None)
+            workers = RayWorkers(ray, job.folder, jobs if jobs > 1 else None, work)
         try:
             return _Driver(prepared, workers, device, keep, reporter).run()
         finally:
@@ -132,8 +132,8 @@ class _Driver:
         self.base: dict[str, float] = {}
         self.protocol: str | None = None
         self.searched: Searched | None = None
-        self.earlier = read_sweep(self.folder)
-        self.spent = self.earlier.seconds if self.earlier is not None else 0.0
+        earlier = read_sweep(self.folder)
+        self.spent = earlier.seconds if earlier is not None else 0.0
 
     def run(self) -> Sweep:
         """Make all points; returns the record."""
@@ -169,9 +169,8 @@ class _Driver:
         key = self.prepared.key(planned, plan)
         self.planned[name], self.chains[name] = planned, tree.chain(plan)
         point = Point(name=name, settings=dict(planned.settings), folder=f"{POINTS}/{name}", key=key)
-        known = {each.name: each for each in self.earlier.points} if self.earlier is not None else {}
-        before = known.get(name)
-        if before is not None and before.key == key and before.status == "done" and (before.kept or self.keep != "all"):
+        before = read_point(self.folder, name)
+        if before is not None and before.key == key and (before.kept or self.keep != "all"):
             with suppress(OSError, ValidationError):
                 self._read(name)
                 self.built |= set(self.chains[name])
@@ -236,6 +235,8 @@ class _Driver:
 
     def _set(self, name: str, **values: Any) -> None:
         self.points[name] = self.points[name].model_copy(update=values)
+        if self.points[name].status == "done":
+            write_point(self.folder, self.points[name])
         write_text(self.folder / SWEEP, self.record().model_dump_json(indent=2) + "\n")
 
     def _mark(self) -> None:
@@ -280,6 +281,7 @@ class _Driver:
             if record is not None:
                 drop_artefact(self.prepared.work, record.fingerprint)
             self.points[name] = point.model_copy(update={"kept": False})
+            write_point(self.folder, self.points[name])
 
 
 def _failure(report: records.Report) -> str | None:

@@ -18,9 +18,10 @@ from compress.recipe.schema import Recipe
 from compress.recipe.text import SourceSpec
 from compress.runs.artefact import work_folder
 from compress.runs.plan import RunPlan, other_models
-from compress.sweep_records import SWEEP, Sweep
+from compress.sweep_records import SWEEP, Point, Sweep
 from compress.sweeps import tree
-from compress.sweeps.points import Job, Planned, load_sweep
+from compress.sweeps.points import POINTS, Job, Planned, load_sweep
+from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.progress import Reporter
 
@@ -44,12 +45,12 @@ def plan_sweep(
     job = load_sweep(str(recipe), over=over, overrides=overrides, model=model, output=output)
     work = work_folder(job.folder, None if work_dir is None else Path(work_dir).absolute())
     prepared = prepare(job, work, reporter)
-    earlier = read_sweep(job.folder)
-    keys = {each.name: each.key for each in earlier.points if each.status == "done"} if earlier is not None else {}
     points = points_of(job)
-    finished = {
-        point.name for point in points if keys.get(point.name) == prepared.key(point, prepared.plans[point.name])
-    }
+    finished = set()
+    for point in points:
+        before = read_point(job.folder, point.name)
+        if before is not None and before.key == prepared.key(point, prepared.plans[point.name]):
+            finished.add(point.name)
     said = tree.lines(points, prepared.plans, finished)
     if job.search is not None:
         said.append(f"search: these two first, then at most {job.search.points - 2} points between them")
@@ -132,6 +133,19 @@ def _text(spec: SourceSpec) -> Any:
         return spec.model_dump(mode="json")
     states = [file.stat() for file in files if file.is_file()]
     return [spec.model_dump(mode="json"), [[state.st_size, state.st_mtime_ns] for state in states]]
+
+
+def read_point(folder: Path, name: str) -> Point | None:
+    """What became of a finished point; None where there is none that this version can read."""
+    try:
+        return Point.model_validate_json((folder / POINTS / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def write_point(folder: Path, point: Point) -> None:
+    """Note what became of a finished point."""
+    write_text(folder / POINTS / f"{point.name}.json", point.model_dump_json(indent=2) + "\n")
 
 
 def read_sweep(folder: Path) -> Sweep | None:

@@ -2,7 +2,6 @@
 
 What points say on the way comes through a file each in the sweep's folder: it outlives the node that wrote it, as an
 actor would not, and all of it is there once the task has ended.
-
 Ray gives a task its GPU by CUDA_VISIBLE_DEVICES, so a point's device is "auto" or "cuda", never "cuda:1"; and it sets
 OMP_NUM_THREADS, which torch follows, to the task's CPUs unless the node has set it.
 """
@@ -170,7 +169,8 @@ def _connect(address: str) -> Any:
     except subprocess.TimeoutExpired:
         raise UserError(f"no Ray cluster answers {where} in {_ANSWER:.0f} s; {remedy}") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers {where}; {remedy} ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f"no Ray cluster answers {where} ({reason}); {remedy}") from None
     with suppress(ValueError):  # not the main thread, where Ray has set a handler of its own
         signal.signal(signal.SIGTERM, usual)
     return ray

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +14,16 @@ import pytest
 import yaml
 from command import invoke
 from small_model import write_model
+from workers_here import Here
 
 import compress
 from compress.recipe.schema import bundled_dir
 from compress.records import Report
 from compress.sweep_records import Sweep
 from compress.sweeps.prepare import read_sweep
-from compress.sweeps.work import Event, Task, make
 
 TEXT = bundled_dir("calibration") / "text" / "general_en.jsonl.gz"
 OVER = ["--over", "stages.0.shape.intermediate_size=64,32", "--over", "stages.1.bits=4,8"]
-
-
-class Here:
-    """Makes points in the test's own process, one at a time, and notes which."""
-
-    made: list[str] = []
-    said: list[str] = []
-
-    def __init__(self, *_: Any) -> None:
-        self._events: list[Event] = []
-
-    @property
-    def free(self) -> int:
-        return int(not self._events)
-
-    def start(self, task: Task) -> None:
-        Here.made.append(task.name)
-        self._events.append(make(task, Here.said.append))
-
-    def events(self, seconds: float) -> Sequence[Event]:
-        found, self._events = self._events, []
-        return found
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +65,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def results(folder: Path) -> dict[str, dict[str, bytes]]:
-    return {point.name: weights(point) for point in sorted((folder / "out" / "points").iterdir())}
+    return {point.name: weights(point) for point in sorted((folder / "out" / "points").iterdir()) if point.is_dir()}
 
 
 def table(found: Sweep) -> list[dict[str, Any]]:

@@ -1,1 +1,0 @@
-"""Sweeps: many points of one recipe, with what they share done once."""
