@@ -14,6 +14,7 @@ import pytest
 import yaml
 from command import invoke
 from small_model import write_model
+from stock_here import ask_here
 from workers_here import Here
 
 import compress
@@ -30,6 +31,7 @@ OVER = ["--over", "stages.0.shape.intermediate_size=64,32", "--over", "stages.1.
 def here(monkeypatch: pytest.MonkeyPatch) -> type[Here]:
     Here.made, Here.said = [], []
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
+    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
     return Here
 
 
@@ -85,6 +87,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     write(folder, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.sweeps.driver.LocalWorkers", Here)
+        patch.setattr("compress.evaluation.verify.ask", ask_here)
         sweep(folder, *OVER)
     return folder
 
@@ -226,7 +229,7 @@ def test_promote_makes_a_point_the_checkpoint(whole: Path, tmp_path: Path) -> No
     assert report.compressed.path == str(tmp_path / "best") == report.recipe["output"]
     verified = invoke("verify", tmp_path / "best", "--device", "cpu")
     assert verified.exit_code == 0, verified.stdout
-    unknown = invoke("sweep", "promote", whole / "out", "intermediate_size=64,bits=5", "--output", tmp_path / "other")
+    unknown = invoke("sweep", "promote", whole / "out", "intermediate_size=64,bit=4", "--output", tmp_path / "other")
     assert unknown.exit_code == 2 and "did you mean intermediate_size=64,bits=4?" in unknown.stderr
     nowhere = invoke("sweep", "promote", tmp_path, "a", "--output", tmp_path / "other")
     assert nowhere.exit_code == 2 and "no sweep" in nowhere.stderr
@@ -356,7 +359,7 @@ def command(folder: Path, *more: object) -> list[str]:
 def test_processes_make_the_same_bytes_and_the_same_table(whole: Path, model: Path, tmp_path: Path) -> None:
     """Two at a time, of which one is killed in the middle, and then the sweep itself."""
     write(tmp_path, model)
-    started = subprocess.Popen(command(tmp_path, "--jobs", 2), stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command(tmp_path, "--jobs", 2), stderr=subprocess.DEVNULL)
     killed = None
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and started.poll() is None:
