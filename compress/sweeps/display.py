@@ -17,6 +17,7 @@ from compress.system.progress import Reporter
 
 _SHOWN = ("bytes", "kl", "perplexity")
 _MOST_ROWS = 24
+_PLAIN_INTERVAL = 10.0  # seconds between plain lines of a point
 
 
 class Board:
@@ -32,12 +33,17 @@ class Board:
         self._at: dict[str, str] = {}
         self._began = time.monotonic()
         self._ended: list[float] = []
+        self._said: dict[str, float] = {}  # when each point last had a plain line
         live = reporter.console.is_terminal and not reporter.quiet
         self._live = Live(console=reporter.console, refresh_per_second=4, transient=True) if live else None
 
     def said(self, name: str, text: str) -> None:
         """What a point says on the way."""
         self._at[name] = text.strip().splitlines()[-1] if text.strip() else ""
+        now = time.monotonic()
+        if self._live is None and now - self._said.get(name, self._began) >= _PLAIN_INTERVAL:
+            self._said[name] = now
+            self._reporter.say(f"{name}: {self._at[name]}")
 
     def ended(self, point: Point) -> None:
         """A point is done, or has failed."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import compress
 from compress import records
-from compress.errors import OutputError
+from compress.errors import OutputError, RecipeError
 from compress.report.frontier import figures_of, frontier
 from compress.report.sweep import write_sweep
 from compress.runs.artefact import check_output, check_work, work_folder
@@ -32,6 +32,7 @@ from compress.system.locks import FileLock, InUseError
 from compress.system.progress import Reporter
 
 Keep = Literal["all", "best", "none"]
+_SCRATCH = {"logs", ".ray"}  # what workers leave before there is a point
 _WAIT = 0.5  # seconds
 _TRIES = 2  # of a point whose worker is lost
 
@@ -96,10 +97,10 @@ def _alone(folder: Path, work: Path, model: str) -> Iterator[None]:
     Raises:
         OutputError: it holds something else, can't be written, or another sweep is at work there.
     """
-    if folder.exists() and not (folder / SWEEP).is_file() and not (folder / POINTS).is_dir():
+    begun = (folder / SWEEP).is_file() or (folder / POINTS).is_dir()
+    if folder.is_file() or (folder.is_dir() and not begun and {each.name for each in folder.iterdir()} - _SCRATCH):
         check_output(folder)
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder}: holds the result of a run; choose another --output for the sweep")
+        raise OutputError(f"{folder}: holds the result of a run; choose another --output for the sweep")
     check_work(work, folder, model)
     make_writable(folder)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -260,9 +261,14 @@ class _Driver:
         assert self.searched is not None
         names: dict[float, str] = {}
         while (value := search.next()) is not None:
-            planned = self.job.at({search.search.over: int(value) if search.whole else value})
+            try:
+                planned = self.job.at({search.search.over: int(value) if search.whole else value})
+                self._add(planned)
+            except RecipeError as error:  # a value between two that can be done
+                self.reporter.warn(f"{search.search.over}={value:g}: {error.problems[0]}")
+                search.tell(value, {})
+                continue
             names[value] = planned.name
-            self._add(planned)
             self._make(board)
             search.tell(value, self.points[planned.name].figures if self.points[planned.name].status == "done" else {})
         best = search.best()
