@@ -1,7 +1,7 @@
 # dscompress: the commands of daily work. Each sets up what it needs first.
 #
 #   make quickstart    compress a real 135M model, on a CPU in minutes, and report on it
-#   make test          the tests (make test ARGS="-k gptq")
+#   make test          the tests, in two processes (make test ARGS="-k gptq"; ARGS="-n 0" for one)
 #   make check         lint, formatting, types
 #   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
 #   make test-lowest   the tests with the lowest supported versions, in an environment of their own
@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 	$(BIN)/dscompress run recipes/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
