@@ -156,19 +156,20 @@ def continuations(
 ) -> list[str] | str:
     """Continuations of the prompts by stock transformers, asked once for a model and its side files, or why not."""
     kept = _texts(cache, checkpoint, identity, prompts, context)
-    if kept.is_file() and not fresh:
-        texts: list[str] = json.loads(kept.read_text(encoding="utf-8"))
-        return texts
-    request = Request(
-        str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
-        prompts=list(prompts), trust_remote_code=context.trust_remote_code,
-    )  # fmt: skip
-    answer = ask(request)
-    if answer.failure is not None:
-        return f"the stock loader failed: {answer.failure}"
-    cache.mkdir(exist_ok=True)
-    write_text(kept, json.dumps(answer.continuations))
-    return answer.continuations
+    say = context.reporter.say
+    with made_once(kept, lambda holder: say(f"waiting for {holder}, which asks the same model")) as missing:
+        if not (missing or fresh):
+            texts: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+            return texts
+        request = Request(
+            str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
+            prompts=list(prompts), trust_remote_code=context.trust_remote_code,
+        )  # fmt: skip
+        answer = ask(request)
+        if answer.failure is not None:
+            return f"the stock loader failed: {answer.failure}"
+        write_text(kept, json.dumps(answer.continuations))
+        return answer.continuations
 
 
 def _texts(cache: Path, checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: Context) -> Path:

@@ -162,10 +162,16 @@ class Document:
         self.places[(key,)] = place
         self.data[key] = value
 
-    def override(self, assignment: str, option: str = "--set") -> None:
-        """Applies one `--set path=value`; the value is YAML. Mistakes are noted as problems of that option."""
+    def override(self, assignment: str, option: str = "--set", folder: Path | None = None) -> None:
+        """Applies one `--set path=value`; the value is YAML. Mistakes are noted as problems of that option.
+
+        Args:
+            assignment: path=value.
+            option: what problems call it.
+            folder: where a relative path in it starts; None: the current one.
+        """
         shown = assignment if len(assignment) <= 200 else f"{assignment[:197]}..."
-        place = Place(_AFTER_FILE, f"{option} {shown}", Path.cwd())
+        place = Place(_AFTER_FILE, f"{option} {shown}", folder or Path.cwd())
         try:
             parts, text = split_assignment(assignment)
             if len(parts) > _MOST_LEVELS:

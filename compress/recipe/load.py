@@ -38,6 +38,7 @@ def load_recipe(
     model: str | None = None,
     output: str | None = None,
     point: Sequence[str] = (),
+    typed: bool = True,
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -48,6 +49,7 @@ def load_recipe(
         model: replaces the recipe's `model`.
         output: replaces the recipe's `output`.
         point: assignments that make the recipe a point of a sweep, which it then has no more.
+        typed: whether they come from the command line; else from the recipe's `sweep`, where its own paths start.
 
     Raises:
         RecipeError: every problem found, a line each.
@@ -58,10 +60,11 @@ def load_recipe(
         document = Document.read(path, Path.cwd() if bundled else path.parent)
     else:
         document = Document.of(reference)
+    written = None if typed or not point else document.place(("sweep",)).folder
     for option, assignment in [*(("--set", each) for each in overrides), *(("sweep", each) for each in point)]:
         if re.match(r"\s*calibration\s*[.\[]", assignment):
             _write_out_calibration(document)
-        document.override(assignment, option)
+        document.override(assignment, option, written if option == "sweep" else None)
     if point:
         document.data.pop("sweep", None)
     for key, value in (("model", model), ("output", output)):

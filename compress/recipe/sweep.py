@@ -26,7 +26,8 @@ class Search(Closed):
         "large (top1, tasks.NAME) at least.",
     )
     tolerance: Annotated[Number, Field(gt=0)] | None = Field(
-        default=None, description="How close the value is found; null is a hundredth of the range."
+        default=None,
+        description="How close the value is found; null is a hundredth of the range, or 1 between whole numbers.",
     )
     points: Count = Field(default=12, ge=3, description="Most points to try.")
 
@@ -44,9 +45,26 @@ class Search(Closed):
         return self.maximize or self.minimize or ""
 
     @property
+    def whole(self) -> bool:
+        """Whether the values are whole numbers."""
+        low, high = self.range
+        return float(low).is_integer() and float(high).is_integer() and high - low >= 2 and self.width >= 1
+
+    def exact(self, value: float) -> int | float:
+        """A value as the setting takes it."""
+        return round(value) if self.whole else float(f"{value:.6g}")
+
+    @property
+    def ends(self) -> list[int | float]:
+        """Both ends of the range."""
+        return [self.exact(value) for value in self.range]
+
+    @property
     def width(self) -> float:
         """How far apart the last two values may be."""
-        return float(self.tolerance or (self.range[1] - self.range[0]) / 100)
+        low, high = self.range
+        whole = float(low).is_integer() and float(high).is_integer() and high - low >= 2
+        return float(self.tolerance or (1 if whole else (high - low) / 100))
 
 
 class Sweep(Closed):

@@ -42,7 +42,8 @@ def _quality(read: Callable[[Any], float]) -> Callable[[Report], float | None]:
 
 
 def _speed(read: Callable[[Any], float]) -> Callable[[Report], float | None]:
-    return lambda report: None if report.speed is None else read(report.speed)
+    """Of a machine that was busy with other work, speeds say little: they are none."""
+    return lambda report: None if report.speed is None or report.speed.busy else read(report.speed)
 
 
 def _most(values: Sequence[int | None]) -> float | None:

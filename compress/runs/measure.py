@@ -25,6 +25,7 @@ from compress.records import read_record
 from compress.stages.contract import Plan
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
+from compress.system.locks import made_once
 from compress.system.memory import available
 
 PROMPTS = (
@@ -85,13 +86,15 @@ class Measurement:
             return None
         key = fingerprint(self.base_id, self.key, windows.sha256, str(self.context.dtype), CODE_VERSION)
         found = self.cache / f"{key}.json"
-        if found.is_file() and not self.fresh:
-            return records.Quality.model_validate_json(found.read_text(encoding="utf-8"))
-        views = DequantizedCheckpoint(self.base), DequantizedCheckpoint(self.result)
-        compared = compare(*views, windows, self.context, self.cache, self.base_id)
-        quality = records.Quality.model_validate(compared)
-        write_text(found, quality.model_dump_json())
-        return quality
+        say = self.context.reporter.say
+        with made_once(found, lambda holder: say(f"waiting for {holder}, which evaluates the same")) as missing:
+            if not (missing or self.fresh):
+                return records.Quality.model_validate_json(found.read_text(encoding="utf-8"))
+            views = DequantizedCheckpoint(self.base), DequantizedCheckpoint(self.result)
+            compared = compare(*views, windows, self.context, self.cache, self.base_id)
+            quality = records.Quality.model_validate(compared)
+            write_text(found, quality.model_dump_json())
+            return quality
 
     def generations(self, spec: EvaluateSpec | None) -> tuple[list[records.Generation], str | None]:
         """Continuations of the prompts by both models, or why there are none."""

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
 import compress
 from compress import records
-from compress.errors import OutputError, RecipeError
+from compress.errors import OutputError, RecipeError, UserError
 from compress.report.frontier import figures_of, frontier
 from compress.report.sweep import write_sweep
 from compress.runs.artefact import check_output, check_work, work_folder
@@ -24,8 +24,8 @@ from compress.sweeps import tree
 from compress.sweeps.display import Board
 from compress.sweeps.local import LocalWorkers
 from compress.sweeps.points import POINTS, Planned, load_sweep
-from compress.sweeps.prepare import Prepared, prepare, read_point, read_sweep, write_point
-from compress.sweeps.search import Bisection, is_whole
+from compress.sweeps.prepare import Prepared, forget_point, prepare, read_point, read_sweep, write_point
+from compress.sweeps.search import Bisection
 from compress.sweeps.work import Event, Task, Workers
 from compress.system.files import make_writable, write_text, writing
 from compress.system.locks import FileLock, InUseError
@@ -71,6 +71,8 @@ def sweep(
     Raises:
         UserError: something in the recipe, the model or the folders that the user can mend.
     """
+    if keep not in get_args(Keep):
+        raise UserError(f"keep: {keep!r} is not known; use {', '.join(get_args(Keep))}")
     output = None if output is None else str(output)
     job = load_sweep(str(recipe), over=over, overrides=overrides, model=model, output=output)
     reporter = reporter or Reporter()
@@ -132,6 +134,7 @@ class _Driver:
         self.tries: dict[str, int] = {}
         self.base: dict[str, float] = {}
         self.protocol: str | None = None
+        self.measures: dict[str, tuple[str | None, str | None]] = {}  # of each point: how it was measured, in what
         self.searched: Searched | None = None
         earlier = read_sweep(self.folder)
         self.spent = earlier.seconds if earlier is not None else 0.0
@@ -183,7 +186,9 @@ class _Driver:
         file = self.folder / POINTS / name / "report.json"
         report = records.Report.model_validate_json(file.read_text(encoding="utf-8"))
         _, self.base = figures_of(report)
-        self.protocol = report.quality.protocol if report.quality is not None else None
+        quality = report.quality
+        self.measures[name] = (None, None) if quality is None else (quality.protocol, quality.dtype)
+        self.protocol = quality.protocol if quality is not None else None
         return report
 
     def _make(self, board: Board) -> None:
@@ -208,6 +213,7 @@ class _Driver:
         recipe = self.planned[name].recipe
         self.tries[name] = self.tries.get(name, 0) + 1
         (self.folder / POINTS).mkdir(parents=True, exist_ok=True)
+        forget_point(self.folder, name)  # what it says is of another recipe, or soon will be
         self._set(name, status="running")
         self.workers.start(Task(name, recipe.shown(), self.device, str(self.prepared.work)))
 
@@ -229,10 +235,18 @@ class _Driver:
                 figures=figures, warnings=report.warnings, kept=True,
             )  # fmt: skip
             self.built |= set(self.chains[event.name])
+            self._remake_others(event.name)
         else:
             self._set(event.name, status="failed", error=event.text, seconds=event.seconds)
         self._mark()
         board.ended(self.points[event.name])
+
+    def _remake_others(self, name: str) -> None:
+        """Points of an earlier command that were measured otherwise, on a CPU or a GPU say, are made again."""
+        for other, point in self.points.items():
+            if point.status == "done" and other not in self.tries and self.measures[other] != self.measures[name]:
+                self.reporter.say(f"{other}: was measured otherwise than {name}; making it again")
+                self._set(other, status="waiting", on_frontier=False)
 
     def _set(self, name: str, **values: Any) -> None:
         self.points[name] = self.points[name].model_copy(update=values)
@@ -254,7 +268,7 @@ class _Driver:
             return None
         goal = f"{'largest' if search.maximize else 'smallest'} {search.goal}"
         self.searched = Searched(over=search.over, goal=goal, subject_to=dict(search.subject_to))
-        return Bisection(search, is_whole(search.range))
+        return Bisection(search)
 
     def _go_on(self, search: Bisection, board: Board) -> None:
         """Make points until the search is at its end."""
@@ -262,7 +276,7 @@ class _Driver:
         names: dict[float, str] = {}
         while (value := search.next()) is not None:
             try:
-                planned = self.job.at({search.search.over: int(value) if search.whole else value})
+                planned = self.job.at({search.search.over: value})
                 self._add(planned)
             except RecipeError as error:  # a value between two that can be done
                 self.reporter.warn(f"{search.search.over}={value:g}: {error.problems[0]}")
@@ -278,16 +292,23 @@ class _Driver:
     def _drop(self) -> None:
         """Delete the weights of points that are not to be kept, here and in the work folder."""
         for name, point in self.points.items():
-            if self.keep == "all" or (self.keep == "best" and point.on_frontier) or point.status != "done":
+            if self.keep == "all" or (self.keep == "best" and self._is_best(point)) or not point.kept:
                 continue
+            if point.status != "done":
+                continue
+            self.points[name] = point.model_copy(update={"kept": False})
+            write_point(self.folder, self.points[name])  # first: half of the weights are none
             folder = self.folder / POINTS / name
             record = records.read_record(folder)
             for file in folder.glob("*.safetensors*"):
                 file.unlink()
             if record is not None:
                 drop_artefact(self.prepared.work, record.fingerprint)
-            self.points[name] = point.model_copy(update={"kept": False})
-            write_point(self.folder, self.points[name])
+
+    def _is_best(self, point: Point) -> bool:
+        """Whether a point is on the frontier, is what a search has found, or can't be judged."""
+        found = self.searched is not None and self.searched.best == point.name
+        return point.on_frontier or found or "kl" not in point.figures
 
 
 def _failure(report: records.Report) -> str | None:

@@ -92,15 +92,15 @@ def load_sweep(
             ]
         )
     listed = _listed(sweep)
-    axes = list(dict.fromkeys(path for settings in listed for path in settings if path != _NAME))
-    axes = [path for path in axes if sweep.list is None or _differs(path, listed)]
-    labels = _labels(axes)
+    paths = list(dict.fromkeys(path for settings in listed for path in settings if path != _NAME))
+    axes = [path for path in paths if sweep.list is None or _differs(path, listed)]
+    labels = _labels(paths)
     common = {"overrides": overrides, "model": model, "output": output}
 
     def at(settings: Mapping[str, Any]) -> Planned:
         name = _name(settings, labels)
         assignments = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
-        made = load_recipe(reference, point=assignments, **common)  # type: ignore[arg-type]
+        made = load_recipe(reference, point=assignments, typed=bool(over), **common)  # type: ignore[arg-type]
         named = made.name if _NAME in settings else f"{made.name} {name}"
         folder = str(Path(recipe.output) / POINTS / name)
         return Planned(name, settings, made.model_copy(update={"name": named, "output": folder, "sweep": None}))
@@ -108,7 +108,7 @@ def load_sweep(
     if sweep.search is not None:
         _check_search(sweep.search)
     points = _all_at_once(listed, at)
-    return Job(recipe, axes, [] if sweep.search else points, sweep.search, at)
+    return Job(recipe.model_copy(update={"sweep": sweep}), axes, [] if sweep.search else points, sweep.search, at)
 
 
 def _of_options(over: Sequence[str]) -> Sweep:
@@ -138,7 +138,7 @@ def _of_options(over: Sequence[str]) -> Sweep:
 def _listed(sweep: Sweep) -> list[dict[str, Any]]:
     """Settings of each point; the ends of a search's range."""
     if sweep.search is not None:
-        return [{sweep.search.over: value} for value in sweep.search.range]
+        return [{sweep.search.over: value} for value in sweep.search.ends]
     rows = sweep.list or []
     if sweep.grid is not None:
         rows = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
@@ -176,7 +176,7 @@ def _labels(axes: Sequence[str]) -> dict[str, str]:
 def _name(settings: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """A point's name, which hangs on its settings alone: points that are added later rename none."""
     if _NAME in settings:
-        return _safe(str(settings[_NAME]))
+        return _safe(str(settings[_NAME]))[:_LONGEST]
     parts = []
     for path, value in settings.items():
         shown = value if isinstance(value, str | int | float | bool) else fingerprint(value)[:8] if value else "null"

@@ -12,6 +12,7 @@ from compress.data.sources import source_files
 from compress.errors import UserError
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
+from compress.model.side_files import side_digest
 from compress.model.source import resolve_model
 from compress.recipe.load import load_evaluation_spec, load_training_texts
 from compress.recipe.schema import Recipe
@@ -82,7 +83,7 @@ class Prepared:
         shown = {name: value for name, value in point.recipe.shown().items() if name not in ("name", "output")}
         texts = [_text(spec) for spec in _texts(point.recipe, plan)]
         others = [identity(Checkpoint(folder), self.work) for folder in self.models.values()]
-        return fingerprint(shown, self.base_id, texts, others, compress.__version__)
+        return fingerprint(shown, self.base_id, side_digest(self.folder), texts, others, compress.__version__)
 
 
 def prepare(job: Job, work: Path, reporter: Reporter) -> Prepared:
@@ -97,22 +98,31 @@ def prepare(job: Job, work: Path, reporter: Reporter) -> Prepared:
     names = dict.fromkeys(name for point in points for name in other_models(point.recipe))
     models = {name: resolve_model(name, None, work, reporter.say) for name in names}
     for point in points:
-        if point.recipe.model != recipe.model:
-            raise UserError(
-                f"{point.name}: has another model ({point.recipe.model}) than the sweep, and figures against two "
-                "models can't be compared; make a sweep of each"
-            )
+        _check_comparable(point, points[0])
     plans = tree.plan_points(points, folder, models)
     for line in dict.fromkeys(line for plan in plans.values() for line in plan.warnings):
         reporter.warn(line)
     return Prepared(job, work, folder, models, plans, identity(Checkpoint(folder), work))
 
 
+def _check_comparable(point: Planned, first: Planned) -> None:
+    """Refuse points whose figures can't stand in one table."""
+    one, other = point.recipe, first.recipe
+    differ = [key for key in ("model", "revision", "trust_remote_code") if getattr(one, key) != getattr(other, key)]
+    measured = [each.evaluate and each.evaluate.model_copy(update={"prompts": None}) for each in (one, other)]
+    differ += ["evaluate"] if measured[0] != measured[1] else []
+    if differ:
+        raise UserError(
+            f"{point.name}: has another {differ[0]} than {first.name}, and figures against two models or by two "
+            "protocols can't be compared; make a sweep of each"
+        )
+
+
 def points_of(job: Job) -> list[Planned]:
     """The points; of a search those at the ends of its range."""
     if job.search is None:
         return list(job.points)
-    return [job.at({job.search.over: value}) for value in job.search.range]
+    return [job.at({job.search.over: value}) for value in job.search.ends]
 
 
 def _texts(recipe: Recipe, plan: RunPlan) -> list[SourceSpec]:
@@ -146,6 +156,11 @@ def read_point(folder: Path, name: str) -> Point | None:
 def write_point(folder: Path, point: Point) -> None:
     """Note what became of a finished point."""
     write_text(folder / POINTS / f"{point.name}.json", point.model_dump_json(indent=2) + "\n")
+
+
+def forget_point(folder: Path, name: str) -> None:
+    """Delete what became of a point, which is about to be made again."""
+    (folder / POINTS / f"{name}.json").unlink(missing_ok=True)
 
 
 def read_sweep(folder: Path) -> Sweep | None:

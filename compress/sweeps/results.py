@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 import compress
 from compress import records
-from compress.errors import UserError
+from compress.errors import OutputError, UserError
 from compress.recipe.messages import did_you_mean
 from compress.report.frontier import figures_of, frontier
 from compress.report.sweep import write_sweep
@@ -18,6 +18,7 @@ from compress.runs.artefact import check_output, keep_foreign, publish
 from compress.sweep_records import SWEEP, Point, Sweep
 from compress.sweeps.prepare import read_sweep
 from compress.system.files import commit, make_writable, writing
+from compress.system.locks import FileLock
 from compress.system.progress import Reporter
 
 _REPORT = "report.json"
@@ -45,20 +46,24 @@ def promote(sweep: Path, point: str, output: Path) -> records.Report:
     if found.status != "done":
         reason = f": {found.error}" if found.error else ""
         raise UserError(f"{point}: is {found.status}{reason}; run the same dscompress sweep again to make it")
-    if not found.kept or not any(folder.glob("*.safetensors")):
+    made = records.read_record(folder)
+    if not found.kept or made is None or not all((folder / name).is_file() for name in made.files):
         raise UserError(f"{point}: its weights were not kept; run the same dscompress sweep again with --keep all")
     report = _report(folder)
     if report is None:
         raise UserError(f"{folder / _REPORT}: is missing or damaged; run the same dscompress sweep again")
-    output = output.absolute()
+    output = output.resolve()
+    if sweep.resolve() in (output, *output.parents):
+        raise OutputError(f"{output}: lies in the sweep, whose points stay as they are; name another folder")
     check_output(output)
     placed = report.compressed.model_copy(update={"path": str(output)})
     recipe = report.recipe | {"output": str(output)}
     report = report.model_copy(update={"compressed": placed, "recipe": recipe})
     make_writable(output.parent)
     partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(output.parent):
+    with FileLock(output.with_name(f".{output.name}.lock")) as lock, writing(output.parent):
+        lock.acquire(exclusive=True)
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
             publish(folder, partial)
@@ -68,6 +73,7 @@ def promote(sweep: Path, point: str, output: Path) -> records.Report:
             commit(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            lock.remove()
     return report
 
 
@@ -102,7 +108,7 @@ def compare(
         UserError: what is no result, or figures that can't be compared.
     """
     output = Path(output).absolute()
-    found = [each for result in results for each in _results(Path(result))]
+    found = [each for result in results for each in _results(Path(result), base is not None)]
     names = _names([folder for _, folder in found], [name for name, _ in found])
     if base is None:
         points, figures, protocol = _by_reports(names, [folder for _, folder in found])
@@ -129,15 +135,15 @@ def compare(
     return sweep
 
 
-def _results(folder: Path) -> list[tuple[str, Path]]:
-    """Names and folders of what a folder holds: the points of a sweep, or one result."""
+def _results(folder: Path, weights: bool) -> list[tuple[str, Path]]:
+    """Names and folders of what a folder holds: the points of a sweep (those that have weights), or one result."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name outputs of runs, sweeps, or checkpoints")
     sweep = read_sweep(folder)
     if sweep is not None:
-        done = [point for point in sweep.points if point.status == "done"]
+        done = [point for point in sweep.points if point.status == "done" and (point.kept or not weights)]
         if not done:
-            raise UserError(f"{folder}: the sweep has no finished point; run it first")
+            raise UserError(f"{folder}: the sweep has no finished point whose weights are there; run it first")
         return [(point.name, folder / point.folder) for point in done]
     return [(folder.resolve().name, folder)]
 
@@ -179,8 +185,10 @@ def _by_reports(names: Sequence[str], folders: Sequence[Path]) -> tuple[list[Poi
 def _protocol(report: records.Report) -> str:
     if report.quality is None:
         return "without an evaluation"
-    measured = report.quality.perplexity
-    return f"{measured.tokens} tokens of {measured.dataset} in windows of {measured.sequence_length}"
+    measured, dtype = report.quality.perplexity, report.quality.dtype
+    return (
+        f"{measured.tokens} tokens of {measured.dataset} in windows of {measured.sequence_length}, computed in {dtype}"
+    )
 
 
 def _measured(

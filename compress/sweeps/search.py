@@ -6,7 +6,7 @@ range is left, so that two good guesses fence it in; where guesses do badly, the
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.recipe.sweep import Search
@@ -28,20 +28,19 @@ class Bisection:
 
     Args:
         search: what is looked for.
-        whole: whether values are whole numbers.
     """
 
-    def __init__(self, search: Search, whole: bool) -> None:
-        self.search, self.whole = search, whole
+    def __init__(self, search: Search) -> None:
+        self.search = search
         self.tried: list[Tried] = []
 
     def tell(self, value: float, figures: Mapping[str, float]) -> None:
         """A point is made, or failed (without figures)."""
         self.tried.append(Tried(value, figures))
 
-    def next(self) -> float | None:
+    def next(self) -> int | float | None:
         """The value to try; None where the search is at its end."""
-        low, high = (self._round(value) for value in self.search.range)
+        low, high = self.search.ends
         known = {each.value for each in self.tried}
         for end in (low, high):
             if end not in known:
@@ -52,9 +51,9 @@ class Bisection:
         if fence is None:
             return None
         good, bad = fence
-        if abs(bad.value - good.value) <= max(self.search.width * (1 + 1e-9), 1.0 if self.whole else 0.0):
+        if abs(bad.value - good.value) <= self.search.width * (1 + 1e-9):
             return None
-        tries = (self._round(value) for value in (self._guess(good, bad), (good.value + bad.value) / 2))
+        tries = (self.search.exact(value) for value in (self._guess(good, bad), (good.value + bad.value) / 2))
         return next((value for value in tries if value not in known), None)
 
     def best(self) -> Tried | None:
@@ -73,8 +72,9 @@ class Bisection:
         fence = self._fence()
         limits = ", ".join(f"{name} {limit:g}" for name, limit in self.search.subject_to.items())
         if fence is None:
-            end = "no value of the range keeps to" if self.best() is None else "the whole range keeps to"
-            return f"{end} the limits ({limits})"
+            said = ", ".join(f"{each.value:g}: {self._shown(each)}" for each in self.tried)
+            ends = "neither end of the range keeps" if self.best() is None else "both ends of the range keep"
+            return f"{ends} to the limits ({said})"
         good, bad = fence
         return f"the limits ({limits}) are crossed between {good.value:g} and {bad.value:g}; {len(self.tried)} points"
 
@@ -145,11 +145,3 @@ class Bisection:
                 return found
         one, other = self.margin(good) or 0.0, self.margin(bad) or 0.0
         return good.value - one * (bad.value - good.value) / (other - one)
-
-    def _round(self, value: float) -> float:
-        return float(round(value)) if self.whole else float(f"{value:.6g}")
-
-
-def is_whole(values: Sequence[float]) -> bool:
-    """Whether a range is one of whole numbers."""
-    return all(float(value).is_integer() for value in values) and values[1] - values[0] >= 2

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress.errors import RecipeError
+from compress.errors import ModelError, RecipeError
 from compress.runs.plan import RunPlan, plan_run
 from compress.sweeps.points import Planned
 from compress.system.fingerprint import fingerprint
@@ -39,6 +39,8 @@ def plan_points(points: Sequence[Planned], folder: Path, models: dict[str, Path]
             plans[point.name] = plan_run(point.recipe, folder, models)
         except RecipeError as error:
             problems += [f"{point.name}: {problem}" for problem in error.problems]
+        except ModelError as error:
+            problems.append(f"{point.name}: {error}")
     if problems:
         raise RecipeError(problems)
     return plans

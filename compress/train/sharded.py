@@ -108,6 +108,7 @@ def _expect_variants(decoder: nn.ModuleList) -> None:
     }
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _COMPILED_INPUTS * len(kinds))
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * config.recompile_limit)
 
 
 def _fill(part: nn.Module, places: dict[int, str], load: Load, device: torch.device) -> None:

@@ -91,6 +91,30 @@ def test_names_do_not_hang_on_the_other_points(tmp_path: Path, tiny_model: Path)
     assert {point.name for point in few.points} < {point.name for point in more.points}
 
 
+def test_a_point_that_is_added_to_a_list_renames_none(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"stages.1.bits": 4, "stages.1.group_size": size} for size in (64, 128)]
+    few = load_sweep(write(tmp_path, tiny_model, sweep={"list": rows}))
+    more = load_sweep(write(tmp_path, tiny_model, sweep={"list": [*rows, {"stages.1.bits": 3}]}))
+    assert [point.name for point in few.points] == [point.name for point in more.points][:2]
+
+
+def test_paths_in_the_recipe_start_at_its_folder_and_typed_ones_here(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("text")
+    calibration = {"source": "a.txt"}
+    grid = {"sweep": {"grid": {"calibration.source": ["a.txt"]}}}
+    file = write(tmp_path / "there", tiny_model, calibration=calibration, **grid)
+    monkeypatch.chdir(tmp_path / "here")
+    sources = [
+        load_sweep(file, over=over).points[0].recipe.calibration.source  # type: ignore[union-attr]
+        for over in ([], ["calibration.source=a.txt"])
+    ]
+    assert sources == [str(tmp_path / "there" / "a.txt"), str(tmp_path / "here" / "a.txt")]
+
+
 def test_a_pattern_is_no_number_of_base_60(tmp_path: Path, tiny_model: Path) -> None:
     stages = [{"kind": "prune", "pattern": "2:4"}]
     job = load_sweep(write(tmp_path, tiny_model, stages=stages), over=["stages.0.pattern=2:4,4:8"])

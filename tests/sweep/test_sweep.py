@@ -18,6 +18,7 @@ from stock_here import ask_here
 from workers_here import Here
 
 import compress
+from compress.errors import UserError
 from compress.recipe.schema import bundled_dir
 from compress.records import Report
 from compress.sweep_records import Sweep
@@ -221,6 +222,59 @@ def test_keep_decides_whose_weights_stay_and_reports_always_do(model: Path, tmp_
     assert len(here.made) == 2 and [point.kept for point in record.points] == [True, True]
 
 
+def test_best_deletes_nothing_that_can_not_be_judged(model: Path, tmp_path: Path) -> None:
+    write(tmp_path, model, evaluate=False)
+    record = sweep(tmp_path, "--over", "stages.1.bits=4,8", "--keep", "best")
+    assert [point.kept for point in record.points] == [True, True] and len(results(tmp_path)["bits=4"]) == 1
+    with pytest.raises(UserError, match="'Best' is not known; use all, best, none"):
+        compress.sweep(tmp_path / "r.yaml", over=["stages.1.bits=4"], keep="Best")  # type: ignore[arg-type]
+
+
+def test_points_that_can_not_be_compared_are_refused(model: Path, tmp_path: Path, here: type[Here]) -> None:
+    write(tmp_path, model)
+    for over in ("evaluate.sequence_length=32,64", "revision=a,b"):
+        result = invoke("sweep", tmp_path / "r.yaml", "--over", over)
+        assert result.exit_code == 2 and "can't be compared" in result.stderr and here.made == []
+
+
+def test_what_was_measured_otherwise_is_made_again(model: Path, tmp_path: Path, here: type[Here]) -> None:
+    """As on another kind of device."""
+    write(tmp_path, model)
+    sweep(tmp_path, "--over", "stages.1.bits=4")
+    file = tmp_path / "out" / "points" / "bits=4" / "report.json"
+    report = json.loads(file.read_text())
+    report["quality"]["dtype"] = "float64"
+    file.write_text(json.dumps(report))
+    record = sweep(tmp_path, "--over", "stages.1.bits=4,8")
+    assert here.made == ["bits=4", "bits=8", "bits=4"] and [point.status for point in record.points] == ["done"] * 2
+
+
+def test_a_point_that_is_made_again_is_not_finished_meanwhile(
+    model: Path, tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe fails half-way; back at the first one, its point is not taken for what lies there."""
+    write(tmp_path, model)
+    over = ["--over", "stages.1.bits=4"]
+    sweep(tmp_path, *over)
+    monkeypatch.setattr("compress.runs.measure.verify_logits", _failed)
+    sweep(tmp_path, *over, "--set", "stages.1.damp=0.05", code=1)
+    monkeypatch.undo()
+    monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
+    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
+    record = sweep(tmp_path, *over)
+    assert len(here.made) == 3 and record.points[0].status == "done"
+
+
+def test_promote_refuses_half_a_checkpoint_and_the_sweep_itself(whole: Path, tmp_path: Path) -> None:
+    inside = whole / "out" / "points" / "intermediate_size=32,bits=4"
+    result = invoke("sweep", "promote", whole / "out", "intermediate_size=64,bits=4", "--output", inside)
+    assert result.exit_code == 2 and "lies in the sweep" in result.stderr
+    torn = shutil.copytree(whole / "out", tmp_path / "torn")
+    (torn / "points" / "intermediate_size=64,bits=4" / "tokenizer.json").unlink()
+    result = invoke("sweep", "promote", torn, "intermediate_size=64,bits=4", "--output", tmp_path / "best")
+    assert result.exit_code == 2 and "were not kept" in result.stderr
+
+
 def test_promote_makes_a_point_the_checkpoint(whole: Path, tmp_path: Path) -> None:
     result = invoke("sweep", "promote", whole / "out", "intermediate_size=64,bits=4", "--output", tmp_path / "best")
     assert result.exit_code == 0, result.stderr
@@ -318,7 +372,7 @@ def test_a_search_among_values_that_a_model_does_not_have_ends_and_says_so(
     search = {
         "minimize": "bytes", "over": "stages.0.shape.intermediate_size", "range": [32, 64], "subject_to": {"kl": 0.1},
     }  # fmt: skip
-    write(tmp_path, model, stages=[{"kind": "prune", "shape": {"intermediate_size": 64}}], sweep={"search": search})
+    write(tmp_path, model, sweep={"search": search})  # groups of 32 behind it
     record = sweep(tmp_path)
     kl = {point.settings["stages.0.shape.intermediate_size"]: point.figures["kl"] for point in record.points}
     assert kl.keys() == {32, 64} and kl[64] <= 0.1 < kl[32], kl
