@@ -48,7 +48,8 @@ class Search(Closed):
     def whole(self) -> bool:
         """Whether the values are whole numbers."""
         low, high = self.range
-        return float(low).is_integer() and float(high).is_integer() and high - low >= 2 and self.width >= 1
+        fine = self.tolerance is not None and self.tolerance < 1
+        return not fine and float(low).is_integer() and float(high).is_integer() and high - low >= 2
 
     def exact(self, value: float) -> int | float:
         """A value as the setting takes it."""
@@ -63,8 +64,7 @@ class Search(Closed):
     def width(self) -> float:
         """How far apart the last two values may be."""
         low, high = self.range
-        whole = float(low).is_integer() and float(high).is_integer() and high - low >= 2
-        return float(self.tolerance or (1 if whole else (high - low) / 100))
+        return float(self.tolerance or (1 if self.whole else (high - low) / 100))
 
 
 class Sweep(Closed):

@@ -131,16 +131,29 @@ def axis_heads(sweep: Sweep) -> list[str]:
 
 def axis_labels(axes: Sequence[str]) -> dict[str, str]:
     """The shortest ends of the paths that tell them apart: bits; stages.0.bits where another stage's vary too."""
-    parts = {axis: [part.strip("\"'") for part in re.split(r"[.\[\]]+", axis) if part] or [axis] for axis in axes}
-    labels = {}
-    for axis, own in parts.items():
-        long = 1
-        while long < len(own) and any(own[-long:] == other[-long:] for name, other in parts.items() if name != axis):
-            long += 1
+    parts, labels = path_parts(axes), {}
+    for axis, long in shortest_ends(axes).items():
+        own = parts[axis]
         while long < len(own) and own[-long].isdigit():
             long += 1
         labels[axis] = one_line(".".join(own[-long:]))
     return labels
+
+
+def path_parts(paths: Sequence[str]) -> dict[str, list[str]]:
+    """The keys of paths in a recipe."""
+    return {path: [part.strip("\"'") for part in re.split(r"[.\[\]]+", path) if part] or [path] for path in paths}
+
+
+def shortest_ends(paths: Sequence[str]) -> dict[str, int]:
+    """How many last keys tell each path apart from the others."""
+    parts, ends = path_parts(paths), {}
+    for path, own in parts.items():
+        long = 1
+        while long < len(own) and any(own[-long:] == other[-long:] for name, other in parts.items() if name != path):
+            long += 1
+        ends[path] = long
+    return ends
 
 
 def settings_words(sweep: Sweep, point: Point) -> str:

@@ -29,7 +29,8 @@ from compress.errors import OutputError
 from compress.model.checkpoint import read_part, write_part
 from compress.model.identity import DIGESTS
 from compress.model.side_files import refresh
-from compress.records import RECORD, Probe, Record, now, read_record
+from compress.records import RECORD, Probe, Record, Report, now, read_record
+from compress.report.write import write_model_card, write_report
 from compress.stages.contract import Result
 from compress.system.files import commit, link_or_copy, unwritable, write_text
 from compress.system.fingerprint import digests
@@ -191,7 +192,32 @@ def check_output(output: Path) -> None:
         raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
 
 
-def publish(artefact: Path, output: Path) -> None:
+def write_output(artefact: Path, output: Path, report: Report) -> None:
+    """Give an output the files of a finished checkpoint, its report and its model card, all by one rename.
+
+    Args:
+        artefact: the checkpoint.
+        output: folder to write; what a user added to an earlier result in it stays.
+        report: says where it lies then.
+
+    Raises:
+        OutputError: the folder holds something else, or can't be written.
+    """
+    partial = output.with_name(f".{output.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _publish(artefact, partial)
+        write_report(report, partial)
+        write_model_card(report, partial)
+        check_output(output)
+        _keep_foreign(output, partial)
+        commit(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
+
+
+def _publish(artefact: Path, output: Path) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
         if file.suffix == ".safetensors":
@@ -202,7 +228,7 @@ def publish(artefact: Path, output: Path) -> None:
             shutil.copy2(file, output / file.name)
 
 
-def keep_foreign(output: Path, replacement: Path) -> None:
+def _keep_foreign(output: Path, replacement: Path) -> None:
     """Copy to a new output what a user added to the old one: all that its record and its report don't account for."""
     record = read_record(output)
     if record is None:

@@ -4,7 +4,6 @@ What is finished is named by fingerprints, so the same command continues a run t
 does anything twice. The output folder appears by one rename, with the checkpoint and its report in it.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -30,16 +29,14 @@ from compress.model.tokenizer import load_tokenizer
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import EvaluateSpec, Recipe
 from compress.recipe.types import StageSpec
-from compress.report.write import write_model_card, write_report
 from compress.runs.artefact import (
     MATTERS,
     StageArtefact,
     check_output,
     check_work,
     is_work,
-    keep_foreign,
-    publish,
     work_folder,
+    write_output,
 )
 from compress.runs.builds import check_planned
 from compress.runs.measure import Measurement, prompts_of, with_figures
@@ -48,7 +45,7 @@ from compress.stages import KINDS
 from compress.stages.contract import Result
 from compress.system import distributed
 from compress.system.compute import pick_device, pick_dtype
-from compress.system.files import commit, make_writable, writing
+from compress.system.files import make_writable, writing
 from compress.system.fingerprint import fingerprint
 from compress.system.locks import FileLock, InUseError, remove_unused_locks
 from compress.system.machine import machine, versions
@@ -290,7 +287,7 @@ class _Job:
     def finish(self, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""
         report = self._report(stages)
-        self._publish(self.made[-1].folder, report)
+        write_output(self.made[-1].folder, self.output, report)
         return report
 
     def _report(self, stages: list[records.Stage]) -> records.Report:
@@ -370,20 +367,6 @@ class _Job:
         for warning in windows.warnings:
             self.reporter.warn(warning)
         return windows
-
-    def _publish(self, artefact: Path, report: records.Report) -> None:
-        partial = self.output.with_name(f".{self.output.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            publish(artefact, partial)
-            write_report(report, partial)
-            write_model_card(report, partial)
-            check_output(self.output)
-            keep_foreign(self.output, partial)
-            commit(partial, self.output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
 def _calibration(tokens: TokenSet | None) -> records.Calibration | None:

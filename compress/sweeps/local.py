@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -141,7 +141,7 @@ def main() -> None:
 
     while True:
         task = Task(**tasks.get())
-        moved = Task(**{**asdict(task), "device": _device(task.device, number)})
+        moved = replace(task, device=_device(task.device, number))
         tell(make(moved, lambda text: tell(Event(moved.name, "said", text))))  # noqa: B023
 
 

@@ -15,6 +15,7 @@ from compress.recipe.messages import did_you_mean
 from compress.recipe.schema import Recipe
 from compress.recipe.sweep import Search, Sweep
 from compress.report.frontier import FIGURES, TASKS, figure_of
+from compress.report.sweep_table import path_parts, shortest_ends
 from compress.system.fingerprint import fingerprint
 
 POINTS = "points"
@@ -94,7 +95,8 @@ def load_sweep(
     listed = _listed(sweep)
     paths = list(dict.fromkeys(path for settings in listed for path in settings if path != _NAME))
     axes = [path for path in paths if sweep.list is None or _differs(path, listed)]
-    labels = _labels(paths)
+    parts = path_parts(paths)
+    labels = {path: ".".join(parts[path][-count:]) for path, count in shortest_ends(paths).items()}
     common = {"overrides": overrides, "model": model, "output": output}
 
     def at(settings: Mapping[str, Any]) -> Planned:
@@ -157,20 +159,6 @@ def _listed(sweep: Sweep) -> list[dict[str, Any]]:
 
 def _differs(path: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     return len({json.dumps(row.get(path), sort_keys=True) for row in rows}) > 1
-
-
-def _labels(axes: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of the paths that tell them apart."""
-    labels = {}
-    for axis in axes:
-        parts = [part.strip("\"'") for part in re.split(r"[.\[\]]+", axis) if part]
-        count = 1
-        while count < len(parts) and any(
-            other != axis and re.split(r"[.\[\]]+", other)[-count:] == parts[-count:] for other in axes
-        ):
-            count += 1
-        labels[axis] = ".".join(parts[-count:])
-    return labels
 
 
 def _name(settings: Mapping[str, Any], labels: Mapping[str, str]) -> str:

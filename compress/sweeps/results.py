@@ -1,6 +1,5 @@
 """What is done with finished points: one becomes the checkpoint, any finished results stand in one table."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +12,10 @@ from compress.errors import OutputError, UserError
 from compress.recipe.messages import did_you_mean
 from compress.report.frontier import figures_of, frontier
 from compress.report.sweep import write_sweep
-from compress.report.write import write_model_card, write_report
-from compress.runs.artefact import check_output, keep_foreign, publish
+from compress.runs.artefact import check_output, write_output
 from compress.sweep_records import SWEEP, Point, Sweep
 from compress.sweeps.prepare import read_sweep
-from compress.system.files import commit, make_writable, writing
+from compress.system.files import make_writable, writing
 from compress.system.locks import FileLock
 from compress.system.progress import Reporter
 
@@ -60,19 +58,11 @@ def promote(sweep: Path, point: str, output: Path) -> records.Report:
     recipe = report.recipe | {"output": str(output)}
     report = report.model_copy(update={"compressed": placed, "recipe": recipe})
     make_writable(output.parent)
-    partial = output.with_name(f".{output.name}.part")
     with FileLock(output.with_name(f".{output.name}.lock")) as lock, writing(output.parent):
         lock.acquire(exclusive=True)
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir()
-            publish(folder, partial)
-            write_report(report, partial)
-            write_model_card(report, partial)
-            keep_foreign(output, partial)
-            commit(partial, output)
+            write_output(folder, output, report)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
             lock.remove()
     return report
 

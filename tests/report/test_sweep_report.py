@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import grid
+from pictures import assert_pictures_belong
 
 from compress.errors import OutputError
 from compress.records import Report
@@ -286,15 +287,7 @@ def test_every_done_point_of_a_picture_says_what_it_is() -> None:
 
 
 def test_pictures_have_their_own_ids_and_the_colours_of_the_page(mixed: Written) -> None:
-    html = mixed[1]
-    assert html.count("<svg") == 5
-    ids = re.findall(r'\bid="([^"]+)"', html)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="#|url\(#)([\w-]+)', html)) <= set(ids)
-    pictures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
-    assert re.findall(r"#[0-9a-f]{6}\b", pictures) == [] and "font-family" not in pictures
-    style = html[html.index("<style>") : html.index("</style>")]
-    assert all(f"{name}:" in style for name in set(re.findall(r"var\((--[\w-]+)\)", html)))
+    assert_pictures_belong(mixed[1], 5)
 
 
 def test_settings_have_a_picture_each_with_a_line_for_each_combination_of_the_others() -> None:
