@@ -34,8 +34,8 @@ class Shape(NamedTuple):
     tied: bool
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """Random weights with the spread of a trained model's, one shard a layer, and the tiny model's tokenizer."""
+def write_model(folder: Path, shape: Shape, device: torch.device | None = None) -> None:
+    """Random weights with a trained model's spread, drawn on the device, a shard a layer; the tiny model's tokens."""
     folder.mkdir(parents=True)
     hidden, wide, head_dim = shape.hidden, shape.intermediate, shape.hidden // shape.heads
     for file in TINY.glob("tokenizer*"):
@@ -47,10 +47,10 @@ def write_model(folder: Path, shape: Shape) -> None:
         "tie_word_embeddings": shape.tied,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device or "cpu").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.02).to(torch.bfloat16)
+        return (torch.randn(*shape, generator=generator, device=generator.device) * 0.02).to(torch.bfloat16).cpu()
 
     kv = head_dim * shape.kv_heads
     ones = torch.ones(hidden, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
     python tests/benchmarks/train.py heal MODEL CALIBRATION[:FIELD] --text FILE .. [--tokens 20M] [--tasks FOLDER]
     python tests/benchmarks/train.py distill MODEL CALIBRATION[:FIELD] --text FILE .. [--tokens 20M]
     python tests/benchmarks/train.py size [--steps 6] [--micro-batch 8]
+    torchrun --nproc-per-node 2 tests/benchmarks/train.py size
 
 `heal` prunes the MLPs of a folder or GGUF file and trains what is left, beside controls: the unpruned model trained on
 the same tokens, cross-entropy instead of KL, healing of what was cut and not solved. `distill` makes a student of half
@@ -22,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,12 +49,11 @@ from compress.stages.contract import Result, Setting
 from compress.stages.training import teachers
 from compress.stages.training.plan import plan
 from compress.stages.training.run import run
+from compress.system import distributed
 from compress.system.compute import pick_device, pick_dtype
 from compress.system.progress import Reporter
 from compress.train.losses.inputs import Sampled
 from compress.train.trainee import Taught
-
-LETTERS = "ABCDE"
 
 
 class Bench:
@@ -158,10 +159,21 @@ def jobs_of(bench: Bench, jobs: dict[str, Callable[[Path], Path]]) -> None:
     bench.print(rows)
 
 
+@contextmanager
+def working(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder that was named, whose packed texts and scores are used again, or one for this run alone."""
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+        yield options.work.resolve()
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
 def heal(options: argparse.Namespace) -> None:
     """Part one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options, Path(scratch))
+    with working(options) as work:
+        bench = Bench(options, work)
         context = replace(bench.context, shared=bench.work / "scores")
         shape = {"shape": {"intermediate_size": options.ffn}}
         solved = partial(prune, shape, bench.text, context, bench.base)
@@ -186,8 +198,8 @@ def heal(options: argparse.Namespace) -> None:
 
 def distill(options: argparse.Namespace) -> None:
     """Part two."""
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options, Path(scratch))
+    with working(options) as work:
+        bench = Bench(options, work)
         context = replace(bench.context, shared=bench.work / "scores")
         target = {"target": {"sparsity": 0.5, "of": "layers"}, "axes": ["ffn", "heads", "layers"]}
         parent = bench.work / "student-parent"
@@ -328,7 +340,8 @@ def _likelihoods(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]], d
 
 def size(options: argparse.Namespace) -> None:
     """Part three."""
-    device = pick_device(options.device)
+    device = pick_device(distributed.join(options.device))
+    leads, devices = distributed.rank() == 0, f"{distributed.world()} x {device.type}"
     large = Shape(
         options.layers, options.hidden, options.intermediate, options.heads, options.kv_heads, options.vocabulary, False
     )
@@ -338,15 +351,10 @@ def size(options: argparse.Namespace) -> None:
     )  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        for name, shape in (("teacher", large), ("student", small)):
-            write_model(work / name, shape)
-            config = json.loads((work / name / "config.json").read_text())
-            (work / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": options.length}))
-        note("the models are written")
-        words = torch.randint(0, 4000, (options.length * 64,), generator=torch.Generator().manual_seed(0))
-        line = json.dumps({"text": " ".join(map(str, words.tolist()))})
-        (work / "text.jsonl").write_text("\n".join([line] * 40))
+        work = distributed.first(lambda: Path(scratch))
+        if leads:
+            _write_size(work, {"teacher": large, "student": small}, options.length, device)
+        distributed.barrier()
         teacher = Checkpoint(work / "teacher")
         probe = probe_tokens(work / "teacher", False)[None]
         reporter = Reporter(quiet=not options.verbose)
@@ -377,10 +385,25 @@ def size(options: argparse.Namespace) -> None:
             peak = f"{(result.record.peak_gpu_memory_bytes or 0) / 1e9:.1f} GB"
             micro = str(min(batch, options.micro_batch))
             rows.append([str(batch), micro, f"{pace:,.0f}", f"{used:.3f}" if used else "-", peak])
-            note(" | ".join(rows[-1]))
-            shutil.rmtree(output)
-    print(f"\n{device}, teacher {large}, student {small}, sequences of {options.length}\n")
-    table(["batch", "micro-batch", "tokens/s", "MFU", "peak GPU"], rows)
+            if leads:
+                note(" | ".join(rows[-1]))
+                shutil.rmtree(output)
+        distributed.leave()  # rank 0's folder is needed no more
+    if leads:
+        print(f"\n{devices}, teacher {large}, student {small}, sequences of {options.length}\n")
+        table(["batch", "micro-batch", "tokens/s", "MFU", "peak GPU"], rows)
+
+
+def _write_size(work: Path, models: dict[str, Shape], length: int, device: torch.device) -> None:
+    """Both models with random weights, and a text of numbers."""
+    for name, shape in models.items():
+        write_model(work / name, shape, device)
+        config = json.loads((work / name / "config.json").read_text())
+        (work / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
+    note("the models are written")
+    words = torch.randint(0, 4000, (length * 64,), generator=torch.Generator().manual_seed(0))
+    line = json.dumps({"text": " ".join(map(str, words.tolist()))})
+    (work / "text.jsonl").write_text("\n".join([line] * 40))
 
 
 def main() -> None:
@@ -406,6 +429,7 @@ def main() -> None:
         each.add_argument("--tasks", type=Path, metavar="FOLDER", help="with rows of HellaSwag, ARC and PIQA")
         each.add_argument("--windows", type=int, help="of each text; all that it fills")
         each.add_argument("--samples", type=int, default=112)
+        each.add_argument("--work", type=Path, metavar="FOLDER", help="kept, so that a further run packs no text again")
         each.add_argument("--only", help="rows whose name has one of these, by semicolons")
     three = parts.add_parser("size", help="tokens a second of large shapes")
     three.set_defaults(part=size)
