@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stock_here import ask_here
+from stock_here import asked_here
 
 from compress.evaluation import base, verify
 
@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def script(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         for module in (base, verify):  # the stock loader in this process: another one takes seconds to start
-            monkeypatch.setattr(module, "ask", ask_here)
+            monkeypatch.setattr(module, "asked", asked_here)
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         return capsys.readouterr().out
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import invoke
-from stock_here import ask_here
+from stock_here import asked_here
 from workers_here import Here
 
 from compress.recipe.schema import bundled_dir
@@ -31,7 +31,7 @@ def test_all_are_run_here() -> None:
 def test_it_runs(name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
+    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     over, points = RECIPES[name]
     options = [f"calibration={TEXT}", "evaluate.sequence_length=64", "evaluate.windows=2", "evaluate.prompts=[]"]
     arguments = [each for option in options for each in ("--set", option)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import ModelError, NumericalError, VerificationError
-from compress.evaluation.stock import NEW_TOKENS, Answer, Request, ask, asked
+from compress.evaluation.stock import NEW_TOKENS, Answer, Request, asked
 from compress.evaluation.verify import stock_refusal, stream_logits, tolerance_of
 from compress.loop.context import Context
 from compress.loop.finite import all_finite
@@ -69,7 +69,7 @@ def _compare(
     tokens, dtype = context.probe[0], str(context.dtype).removeprefix("torch.")
     where = [tokens.tolist(), dtype, context.device.type, {name: versions().get(name) for name in _LIBRARIES}]
     verdict = cache / f"{fingerprint('base', CODE_VERSION, base_id, side_digest(base.folder), *where)}.json"
-    kept = _texts(cache, base, base_id, prompts, context)
+    kept = texts_file(cache, base, base_id, prompts, context)
     for file in (verdict, kept) if fresh else ():
         file.unlink(missing_ok=True)
     with made_once(
@@ -152,27 +152,28 @@ def check_generation_config(folder: Path) -> None:
 
 
 def continuations(
-    checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: Context, cache: Path, fresh: bool
+    checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: Context, cache: Path
 ) -> list[str] | str:
     """Continuations of the prompts by stock transformers, asked once for a model and its side files, or why not."""
-    kept = _texts(cache, checkpoint, identity, prompts, context)
+    kept = texts_file(cache, checkpoint, identity, prompts, context)
     say = context.reporter.say
     with made_once(kept, lambda holder: say(f"waiting for {holder}, which asks the same model")) as missing:
-        if not (missing or fresh):
+        if not missing:
             texts: list[str] = json.loads(kept.read_text(encoding="utf-8"))
             return texts
         request = Request(
             str(checkpoint.folder), str(context.device), str(context.dtype).removeprefix("torch."),
             prompts=list(prompts), trust_remote_code=context.trust_remote_code,
         )  # fmt: skip
-        answer = ask(request)
+        with asked(request) as wait:
+            answer = wait()
         if answer.failure is not None:
             return f"the stock loader failed: {answer.failure}"
         write_text(kept, json.dumps(answer.continuations))
         return answer.continuations
 
 
-def _texts(cache: Path, checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: Context) -> Path:
+def texts_file(cache: Path, checkpoint: Checkpoint, identity: str, prompts: Sequence[str], context: Context) -> Path:
     """Where continuations are kept: a corrected chat template or generation config makes others."""
     side = side_digest(checkpoint.folder)
     return cache / f"{fingerprint('texts', identity, side, list(prompts), str(context.dtype), NEW_TOKENS)}.json"

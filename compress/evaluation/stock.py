@@ -1,12 +1,14 @@
 """Asks a checkpoint, opened by stock transformers in a process of its own, for logits, continuations and its speed.
 
 Another process, because the stock loader holds the whole model and dscompress never does, and because nothing of
-dscompress can then have a hand in what is loaded.
+dscompress can then have a hand in what is loaded. It may stay for a second model: to start takes longer than to answer.
 
-    python -m compress.evaluation.stock < PATH_OF_REQUEST
+    python -m compress.evaluation.stock < PATHS_OF_REQUESTS
 """
 
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 48
-LOGITS = "logits.safetensors"
+LOGITS, ANSWER = "logits.safetensors", "answer.json"
 # By which Python, torch, C++ and the system say that memory or disk ran out; lines of the loader's last words.
 _SHORT = (
     "MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
@@ -85,27 +88,70 @@ class Answer:
     pace: dict[str, float] | None = None
 
 
-_ahead: list[subprocess.Popen[str]] = []
+class _Loader:
+    """A process that answers requests one after the other; its libraries are imported once."""
+
+    def __init__(self) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "compress.evaluation.stock"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=alone(),
+        )  # fmt: skip
+        self._busy = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can take a request."""
+        return not self._busy and self._process.poll() is None
+
+    def send(self, request: Path) -> None:
+        """Begin with a request; it is ready."""
+        assert self._process.stdin is not None
+        self._busy = True
+        with suppress(BrokenPipeError):  # it has ended; its last words are read with the answer
+            self._process.stdin.write(f"{request}\n")
+            self._process.stdin.flush()
+
+    def answer(self, folder: Path) -> Answer:
+        """Wait for the answer to the request that lies in the folder."""
+        from safetensors.torch import load_file
+
+        assert self._process.stdout is not None
+        done = bool(self._process.stdout.readline())
+        logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
+        if not done:
+            code = self._process.wait()
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace").strip().splitlines()
+            return replace(_failed(code, said), logits=logits)
+        self._busy = False
+        found = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
+        return Answer(logits, found["texts"], pace=found["pace"])
+
+    def close(self) -> None:
+        """End it, whatever it is at."""
+        self._process.kill()  # nothing happens to one that has ended
+        self._process.communicate()
+        self._said.close()
+
+
+_kept: list[_Loader] | None = None  # loaders that are ready, while some are kept
 
 
 @contextmanager
-def started_ahead() -> Iterator[None]:
-    """Inside, a process for the next `ask` is there already, its libraries imported."""
-    _ahead.append(_start())
+def kept_ready() -> Iterator[None]:
+    """Inside, a loader is started at once, and one that has answered stays for the next request."""
+    global _kept
+    if _kept is not None:  # inside another such block, which keeps them
+        yield
+        return
+    _kept = [_Loader()]
     try:
         yield
     finally:
-        for unused in _ahead:
-            unused.kill()
-            unused.communicate()
-        _ahead.clear()
-
-
-def _start() -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "compress.evaluation.stock"]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone()
-    )
+        for loader in _kept:
+            loader.close()
+        _kept = None
 
 
 def ask(request: Request) -> Answer:
@@ -119,31 +165,17 @@ def asked(request: Request) -> Iterator[Callable[[], Answer]]:
     """Inside, a process of its own works at the request; what is given waits for its answer."""
     with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
         folder = Path(scratch)
-        (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-        process = _ahead.pop() if _ahead else _start()
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended; its last words are read below
-            process.stdin.write(str(folder / "request.json"))
-            process.stdin.close()
-        process.stdin = None
+        file = folder / "request.json"
+        file.write_text(json.dumps(asdict(request)), encoding="utf-8")
+        loader = next((each for each in _kept or () if each.ready), None) or _Loader()
+        if _kept is not None and loader not in _kept:
+            _kept.append(loader)
+        loader.send(file)
         try:
-            yield lambda: _answer_of(process, folder)
+            yield cache(lambda: loader.answer(folder))
         finally:
-            process.kill()  # nothing happens to one that has ended
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
-
-
-def _answer_of(process: "subprocess.Popen[str]", folder: Path) -> Answer:
-    from safetensors.torch import load_file
-
-    _, said = process.communicate()
-    logits = load_file(folder / LOGITS)["logits"] if (folder / LOGITS).is_file() else None
-    if process.returncode:
-        return replace(_failed(process.returncode, said.strip().splitlines()), logits=logits)
-    found = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-    return Answer(logits, found["texts"], pace=found["pace"])
+            if _kept is None or not loader.ready:
+                loader.close()
 
 
 def _failed(code: int, said: list[str]) -> Answer:
@@ -157,16 +189,26 @@ def _failed(code: int, said: list[str]) -> Answer:
     return Answer(None, [], short or reason, short=short is not None)
 
 
-def _answer() -> None:
-    """In the new process: load, compute, write the answer's files."""
+def _main() -> None:
+    """In the new process: a line for each request, and a line back when its answer is written."""
+    import torch  # noqa: F401  while nobody waits yet
+    import transformers
+
+    done = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a model's code prints is no answer
+    transformers.logging.disable_progress_bar()
+    for line in sys.stdin:
+        _answer(Path(line.rstrip("\n")))
+        done.write("done\n")
+
+
+def _answer(file: Path) -> None:
+    """Load, compute, write the answer's files beside the request, and let go of the memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = sys.stdin.read()
-    if not path:
-        return  # started ahead, and not needed
-    folder, fields = Path(path).parent, json.loads(Path(path).read_text(encoding="utf-8"))
+    folder, fields = file.parent, json.loads(file.read_text(encoding="utf-8"))
     timing = Timing(**fields["timing"]) if fields["timing"] else None
     request = Request(**fields | {"timing": timing})
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
@@ -182,9 +224,14 @@ def _answer() -> None:
             whole = folder / "logits.tmp"
             save_file({"logits": logits.float().cpu().contiguous()}, whole)
             whole.replace(folder / LOGITS)
+            del logits
         tokenizer = AutoTokenizer.from_pretrained(request.model, **options) if request.prompts else None
         texts = [_continue(model, tokenizer, prompt) for prompt in request.prompts]
-    (folder / "answer.json").write_text(json.dumps({"texts": texts, "pace": pace}), encoding="utf-8")
+    (folder / ANSWER).write_text(json.dumps({"texts": texts, "pace": pace}), encoding="utf-8")
+    del model
+    gc.collect()
+    if request.device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _pace(model: Any, timing: Timing) -> dict[str, float]:
@@ -232,4 +279,4 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    _answer()
+    _main()

@@ -5,6 +5,8 @@ checkpoint), the stock transformers loader, and our reader of the packed tensors
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.evaluation.compare import open_view
-from compress.evaluation.stock import Request, ask
+from compress.evaluation.stock import Answer, Request, asked
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
@@ -33,6 +35,7 @@ Les livres ne manquent jamais de lecteurs; die Leser brauchen nur Zeit."""
 # machine adds in another order.
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 _ELSEWHERE = 5
+_BESIDE = 3  # free memory, in loaders, from which one works while something else computes
 
 
 def probe_of(logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> Probe:
@@ -43,35 +46,84 @@ def probe_of(logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> Probe:
     )
 
 
-def verify_logits(
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that was opened again.
+
+    Args:
+        verified: whether it says what was computed.
+        answer: of the stock loader, with its continuations; None where it was not asked.
+    """
+
+    verified: Verified
+    answer: Answer | None
+
+
+@contextmanager
+def opening(
     folder: Path,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    max_memory: int | None = None,
+    prompts: Sequence[str] = (),
+) -> Iterator[Callable[[Tensor], Opened]]:
+    """Opens a checkpoint; what is given compares it with logits [S, V] that the model in memory gave for tokens [S].
+
+    The stock loader is asked where it can open the format and memory and disk suffice, else our reader. Inside, the
+    loader works already, where a GPU has room for it and for as much again beside it.
+
+    Args:
+        folder: the checkpoint.
+        tokens: int64 [S].
+        device: where to compute.
+        dtype: in what precision.
+        trust_remote_code: as in transformers.
+        max_memory: bytes of the device to keep to.
+        prompts: to continue in the same breath.
+    """
+    checkpoint = Checkpoint(folder)
+    refusal = stock_refusal(checkpoint, device, dtype, max_memory)
+    if refusal is not None:
+        yield lambda expected: Opened(
+            _by_own(checkpoint, tokens, expected, device, dtype, trust_remote_code, refusal), None
+        )
+        return
+    name = str(dtype).removeprefix("torch.")
+    request = Request(str(folder), str(device), name, tokens.tolist(), list(prompts), trust_remote_code)
+
+    def judged(expected: Tensor) -> Opened:
+        answer = wait()
+        if answer.logits is not None:
+            return Opened(_verdict(STOCK, answer.logits, expected, dtype, None), answer)
+        if answer.short:
+            note = f"no room for the stock loader: {answer.failure}"
+            return Opened(_by_own(checkpoint, tokens, expected, device, dtype, trust_remote_code, note), answer)
+        tolerance = tolerance_of(expected, dtype)
+        failed = Verified(
+            loader=STOCK, max_logit_difference=None, tolerance=tolerance, passed=False, note=answer.failure
+        )
+        return Opened(failed, answer)
+
+    beside = device.type == "cuda" and _BESIDE * stock_bytes(checkpoint, dtype) < available(device, max_memory)
+    with asked(request) as wait:
+        if not beside:
+            wait()
+        yield judged
+
+
+def _by_own(
+    checkpoint: Checkpoint,
     tokens: Tensor,
     expected: Tensor,
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
-    max_memory: int | None = None,
+    note: str,
 ) -> Verified:
-    """Compare a checkpoint with the logits [S, V] that the model in memory gave for tokens [S].
-
-    The stock loader is asked where it can open the format and memory and disk suffice, else our reader.
-    """
-    checkpoint = Checkpoint(folder)
-    refusal = stock_refusal(checkpoint, device, dtype, max_memory)
-    if refusal is None:
-        name = str(dtype).removeprefix("torch.")
-        request = Request(str(folder), str(device), name, tokens.tolist(), trust_remote_code=trust_remote_code)
-        answer = ask(request)
-        if answer.logits is not None:
-            return _verdict(STOCK, answer.logits, expected, dtype, None)
-        if not answer.short:
-            tolerance = tolerance_of(expected, dtype)
-            return Verified(
-                loader=STOCK, max_logit_difference=None, tolerance=tolerance, passed=False, note=answer.failure
-            )
-        refusal = f"no room for the stock loader: {answer.failure}"
     logits = own_logits(checkpoint, tokens, device, dtype, trust_remote_code)
-    return _verdict(OWN, logits, expected, dtype, refusal)
+    return _verdict(OWN, logits, expected, dtype, note)
 
 
 def _verdict(loader: str, logits: Tensor, expected: Tensor, dtype: torch.dtype, note: str | None) -> Verified:
@@ -96,16 +148,22 @@ def stock_refusal(
     own = view.runs_in(dtype)
     if own != dtype:
         return f"torchao's 4-bit weights run in {own} only, and this was computed in {dtype}; not asked"
+    needed = stock_bytes(checkpoint, dtype)
+    free = available(device, max_memory)
+    if needed > free:
+        return f"the stock loader needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; not asked"
+    return None
+
+
+def stock_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """About how much memory the stock loader needs."""
+    view = DequantizedCheckpoint(checkpoint)
     packed = {name for name in view.tensors if view.tensors[name].dtype == "I32"}
     elements = sum(
         _elements(info.shape, view.grids.get(n.removesuffix(".weight")) if n in packed else None)
         for n, info in view.tensors.items()
     )
-    needed = int(elements * dtype.itemsize * 1.3) + checkpoint.bytes
-    free = available(device, max_memory)
-    if needed > free:
-        return f"the stock loader needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; not asked"
-    return None
+    return int(elements * dtype.itemsize * 1.3) + checkpoint.bytes
 
 
 def _elements(shape: tuple[int, ...], grid: Grid | None) -> int:
@@ -161,7 +219,8 @@ def verify_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype, tr
     if refusal is not None:
         return [*checks, Check("stock loader", None, refusal)]
     name = str(dtype).removeprefix("torch.")
-    answer = ask(Request(str(folder), str(device), name, tokens.tolist(), trust_remote_code=trust_remote_code))
+    with asked(Request(str(folder), str(device), name, tokens.tolist(), trust_remote_code=trust_remote_code)) as wait:
+        answer = wait()
     if answer.logits is None:
         return [*checks, Check("stock loader", None if answer.short else False, answer.failure or "gave no logits")]
     return [*checks, _compared("stock loader", answer.logits, own, dtype, STOCK)]

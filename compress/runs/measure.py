@@ -3,6 +3,9 @@
 Figures are kept in the work folder by fingerprints, so that no run measures the same twice.
 """
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +14,10 @@ from torch import Tensor
 
 from compress import records
 from compress.data.calibration import TokenSet
-from compress.evaluation.base import continuations
+from compress.evaluation.base import continuations, texts_file
 from compress.evaluation.compare import CODE_VERSION, compare
 from compress.evaluation.speed import compare_speed
-from compress.evaluation.verify import verify_logits
+from compress.evaluation.verify import opening
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.facts import facts_of
 from compress.loop.context import Context
@@ -41,6 +44,15 @@ def prompts_of(spec: EvaluateSpec | None) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What the opened checkpoint said: whether it is what was computed, and texts beside the base's, or why none."""
+
+    verified: records.Verified
+    generations: list[records.Generation]
+    note: str | None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Base and result of a run.
 
@@ -62,23 +74,47 @@ class Measurement:
     cache: Path
     fresh: bool
 
-    def verify(self, expected: Tensor) -> records.Verified:
-        """The written checkpoint against the logits [S, V] that the model in memory gave for the probe."""
+    @contextmanager
+    def opening(self, spec: EvaluateSpec | None) -> Iterator[Callable[[Tensor], Found]]:
+        """Opens the written checkpoint; what is given holds it against the logits [S, V] of the model in memory.
+
+        Inside, the stock loader may be at work already: it continues the prompts in the same breath.
+        """
         context = self.context
         context.reporter.say("verifying: opening the checkpoint again")
         record = read_record(self.result.folder)
         assert record is not None, "a stage's artefact has one"
         tokens = torch.tensor(record.probe.tokens)  # the base's tokenizer may have been changed since
-        verified = verify_logits(
-            self.result.folder, tokens, expected, context.device, context.dtype, context.trust_remote_code,
-            context.max_memory,
-        )  # fmt: skip
+        prompts, note = self._prompts(spec)
+        kept = texts_file(self.cache, self.result, self.key, prompts, context)
+        missing = prompts if self.fresh or not kept.is_file() else []
+        if missing:
+            context.reporter.say(f"generating: {len(prompts)} prompts with each model")
+
+        def found(expected: Tensor) -> Found:
+            opened = wait(expected)
+            self._tell(opened.verified)
+            if note is not None:
+                return Found(opened.verified, [], note)
+            answer = opened.answer
+            if missing and answer is not None and answer.failure is None:
+                write_text(kept, json.dumps(answer.continuations))
+            elif missing and answer is not None:
+                return Found(opened.verified, [], f"the stock loader failed: {answer.failure}")
+            return Found(opened.verified, *self._generations(prompts))
+
+        with opening(
+            self.result.folder, tokens, context.device, context.dtype, context.trust_remote_code, context.max_memory,
+            missing,
+        ) as wait:  # fmt: skip
+            yield found
+
+    def _tell(self, verified: records.Verified) -> None:
+        say, warn = self.context.reporter.say, self.context.reporter.warn
         if not verified.passed:
-            reason = verified.note or "it differs"
-            context.reporter.warn(f"the written checkpoint was not verified by {verified.loader}: {reason}")
+            warn(f"the written checkpoint was not verified by {verified.loader}: {verified.note or 'it differs'}")
         elif verified.note:
-            context.reporter.say(f"verified by the {verified.loader}: {verified.note}")
-        return verified
+            say(f"verified by the {verified.loader}: {verified.note}")
 
     def quality(self, windows: TokenSet | None) -> records.Quality | None:
         """Perplexity, divergence and agreement on the evaluation's windows; None without any."""
@@ -96,8 +132,8 @@ class Measurement:
             write_text(found, quality.model_dump_json())
             return quality
 
-    def generations(self, spec: EvaluateSpec | None) -> tuple[list[records.Generation], str | None]:
-        """Continuations of the prompts by both models, or why there are none."""
+    def _prompts(self, spec: EvaluateSpec | None) -> tuple[list[str], str | None]:
+        """What both models are to continue, or why nothing."""
         context = self.context
         if spec is None:
             return [], "evaluation is turned off"
@@ -109,12 +145,13 @@ class Measurement:
         if needed > free:
             return [], f"not enough memory to hold a whole model: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
         prompts = prompts_of(spec)
-        if not prompts:
-            return [], "the recipe has no prompts"
-        context.reporter.say(f"generating: {len(prompts)} prompts with each model")
+        return prompts, None if prompts else "the recipe has no prompts"
+
+    def _generations(self, prompts: list[str]) -> tuple[list[records.Generation], str | None]:
+        """Continuations by both models, or why there are none."""
         texts = []
         for checkpoint, name in ((self.base, self.base_id), (self.result, self.key)):
-            answer = continuations(checkpoint, name, prompts, context, self.cache, self.fresh)
+            answer = continuations(checkpoint, name, prompts, self.context, self.cache)
             if isinstance(answer, str):
                 return [], answer
             texts.append(answer)

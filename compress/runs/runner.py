@@ -18,7 +18,7 @@ from compress import records
 from compress.data.calibration import TokenSet, load_calibration, load_windows
 from compress.errors import DscompressError, OutputError, RecipeError, UserError
 from compress.evaluation.base import check_base
-from compress.evaluation.stock import started_ahead
+from compress.evaluation.stock import kept_ready
 from compress.evaluation.verify import probe_of, probe_tokens
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
@@ -224,7 +224,7 @@ class _Job:
     def loader_ahead(self) -> AbstractContextManager[None]:
         """Beside a GPU the processor has time to get the stock loader ready."""
         if self.context.device.type == "cuda" and distributed.rank() == 0:
-            return started_ahead()
+            return kept_ready()
         return nullcontext()
 
     def find(
@@ -295,10 +295,10 @@ class _Job:
         assert shapes is not None
         measured = [self._measurement(artefact) for artefact in self.made]
         result = measured[-1].result
-        verified = measured[-1].verify(self.made[-1].logits())
-        qualities = [each.quality(self.windows) for each in measured]
+        with measured[-1].opening(self.recipe.evaluate) as opened:
+            qualities = [each.quality(self.windows) for each in measured]
+            found = opened(self.made[-1].logits())
         quality = qualities[-1]
-        generations, note = measured[-1].generations(self.recipe.evaluate)
         speed, speed_note = measured[-1].speed() if self.windows is not None else (None, None)
         stages = [with_figures(*each) for each in zip(stages, measured, qualities, self.planned.stages, strict=True)]
         parameters = parameter_count(shapes)
@@ -313,8 +313,8 @@ class _Job:
                 model=self.recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=self.base_id
             ),
             compressed=compressed, size_ratio=base.bytes / result.bytes, quality=quality, stages=stages,
-            calibration=_calibration(self.context.tokens), generations=generations, generations_note=note,
-            verified=verified, speed=speed, speed_note=speed_note, machine=machine(self.context.device),
+            calibration=_calibration(self.context.tokens), generations=found.generations, generations_note=found.note,
+            verified=found.verified, speed=speed, speed_note=speed_note, machine=machine(self.context.device),
             versions=versions(), warnings=self.reporter.warnings,
         )  # fmt: skip
 

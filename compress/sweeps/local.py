@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from compress.evaluation.stock import kept_ready
 from compress.sweeps.work import Event, Task, make
 
 
@@ -139,10 +140,13 @@ def main() -> None:
     def tell(event: Event) -> None:
         told.write(json.dumps(asdict(event)) + "\n")
 
-    while True:
-        task = Task(**tasks.get())
-        moved = replace(task, device=_device(task.device, number))
-        tell(make(moved, lambda text: tell(Event(moved.name, "said", text))))  # noqa: B023
+    with ExitStack() as kept:
+        while True:
+            task = Task(**tasks.get())
+            moved = replace(task, device=_device(task.device, number))
+            if moved.device.startswith("cuda"):
+                kept.enter_context(kept_ready())  # one stock loader for all points
+            tell(make(moved, lambda text: tell(Event(moved.name, "said", text))))  # noqa: B023
 
 
 if __name__ == "__main__":

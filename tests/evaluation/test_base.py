@@ -1,14 +1,13 @@
 """The base is compared with stock transformers before a run, once; what is found, and what it is found by."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import load_stock, make_model
-from stock_here import ask_here
+from stock_here import answering, ask_here
 
 from compress.errors import DscompressError, ModelError, VerificationError
 from compress.evaluation import base as base_module
@@ -36,17 +35,11 @@ class Desk:
         self.change: Callable[[Answer], Answer] = lambda answer: answer
         self.memory: int | None = None
         self.dtype = torch.bfloat16
-        monkeypatch.setattr(base_module, "asked", self.asked)
-        monkeypatch.setattr(base_module, "ask", self.ask)
+        monkeypatch.setattr(base_module, "asked", answering(self.ask))
 
     def ask(self, request: Request) -> Answer:
         self.requests.append(request)
         return self.change(ask_here(request))
-
-    @contextmanager
-    def asked(self, request: Request) -> Iterator[Callable[[], Answer]]:
-        answer = self.ask(request)
-        yield lambda: answer
 
     def context(self) -> Context:
         probe = torch.arange(1, 20)[None]
@@ -80,12 +73,12 @@ def test_asked_once_for_a_base_and_its_side_files(desk: Desk) -> None:
 def test_one_request_gives_the_continuations_too(desk: Desk) -> None:
     desk.check(prompts=PROMPTS)
     base = Checkpoint(desk.folder)
-    texts = continuations(base, "id", PROMPTS, desk.context(), desk.cache, fresh=False)
+    texts = continuations(base, "id", PROMPTS, desk.context(), desk.cache)
     assert len(desk.requests) == 1
     assert texts == ask_here(Request(str(desk.folder), "cpu", "bfloat16", prompts=PROMPTS)).continuations
     (desk.folder / "chat_template.jinja").write_text("{{ messages[0].content }} said")
     desk.check(prompts=PROMPTS)
-    corrected = continuations(base, "id", PROMPTS, desk.context(), desk.cache, fresh=False)
+    corrected = continuations(base, "id", PROMPTS, desk.context(), desk.cache)
     assert corrected == ask_here(Request(str(desk.folder), "cpu", "bfloat16", prompts=PROMPTS)).continuations != texts
 
 
@@ -152,3 +145,41 @@ def test_a_process_of_its_own_gives_logits_also_where_it_can_not_generate(folder
     assert answer.failure is not None and answer.failure.startswith("TypeError: ")
     expected = load_stock(folder, torch.float32)(torch.tensor([tokens]), use_cache=False).logits[0]
     assert answer.logits is not None and torch.equal(answer.logits, expected)
+
+
+def test_a_kept_loader_answers_one_request_after_another_and_is_replaced_where_it_fails(folder: Path) -> None:
+    tokens = list(range(1, 20))
+    expected = load_stock(folder, torch.float32)(torch.tensor([tokens]), use_cache=False).logits[0]
+
+    def logits() -> torch.Tensor | None:
+        answer = stock.ask(Request(str(folder), "cpu", "float32", tokens))
+        return answer.logits
+
+    with stock.kept_ready():
+        assert stock._kept is not None
+        (first,) = stock._kept
+        for _ in range(2):
+            found = logits()
+            assert found is not None and torch.equal(found, expected)
+        with stock.kept_ready():  # of a run in a sweep: the loader is the sweep's
+            assert stock._kept == [first] and first.ready
+        assert first.ready
+        refused = stock.ask(Request(str(folder / "nothing"), "cpu", "float32", tokens))
+        assert refused.failure is not None and refused.logits is None and not first.ready
+        found = logits()
+        assert found is not None and torch.equal(found, expected)
+    assert stock._kept is None and not first.ready
+
+
+def test_what_a_model_prints_is_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, json\n"
+        "loads = json.loads\n"
+        "def chatty(*given, **more):\n"
+        "    print('done', flush=True)\n"
+        "    return loads(*given, **more)\n"
+        "json.loads = chatty\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answer = stock.ask(Request(str(folder), "cpu", "float32", [1, 2, 3], PROMPTS))
+    assert answer.failure is None and len(answer.continuations) == 1 and answer.logits is not None

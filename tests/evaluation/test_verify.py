@@ -10,12 +10,14 @@ import torch
 from command import invoke
 from desk import RUN, Desk
 from random_models import load_stock, make_model, random_tokens
+from stock_here import answering
+from torch import Tensor
 
 from compress.evaluation import verify
 from compress.evaluation.stock import Answer, Request, _failed
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.schema import Recipe
-from compress.records import Report
+from compress.records import Report, Verified
 from compress.runs.runner import run
 from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
@@ -75,7 +77,12 @@ def stock_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
             logits = stock(torch.tensor([request.tokens]), use_cache=False).logits[0]
         return Answer(logits.float(), [])
 
-    monkeypatch.setattr(verify, "ask", ask)
+    monkeypatch.setattr(verify, "asked", answering(ask))
+
+
+def verified(folder: Path, computed: Tensor, dtype: torch.dtype) -> Verified:
+    with verify.opening(folder, TOKENS, CPU, dtype, False) as opened:
+        return opened(computed).verified
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -102,12 +109,12 @@ def flip(folder: Path, name: str) -> None:
 def test_verification_passes_what_was_written_and_fails_a_flipped_byte(finished: Finished, tmp_path: Path) -> None:
     output, dtype = finished[1], torch.bfloat16
     computed = verify.own_logits(Checkpoint(output), TOKENS, CPU, dtype, False)
-    assert verify.verify_logits(output, TOKENS, computed, CPU, dtype, False).passed
+    assert verified(output, computed, dtype).passed
     packed = [name for name in Checkpoint(output).tensors if name.endswith("weight_packed")]
     for name in packed:
         damaged = copied(output, tmp_path / name)
         flip(damaged, name)
-        found = verify.verify_logits(damaged, TOKENS, computed, CPU, dtype, False)
+        found = verified(damaged, computed, dtype)
         assert not found.passed, name
         assert found.max_logit_difference is not None and found.tolerance is not None
         assert found.max_logit_difference > found.tolerance
@@ -147,8 +154,8 @@ def test_our_reader_and_the_stock_loader_are_compared(
     (output / "dscompress.json").unlink()
     other = copied(output, tmp_path / "other")
     flip(other, "model.layers.0.self_attn.q_proj.weight_packed")
-    ask = verify.ask
-    monkeypatch.setattr(verify, "ask", lambda request: ask(replace(request, model=str(other))))
+    asked = verify.asked
+    monkeypatch.setattr(verify, "asked", lambda request: asked(replace(request, model=str(other))))
     found = {check.name: check.passed for check in verify.verify_checkpoint(output, CPU, torch.float32, False)}
     assert found == {"files": True, "record": None, "stock loader": False}
 
@@ -171,10 +178,10 @@ def test_want_of_memory_or_disk_is_told_from_a_checkpoint_that_cannot_be_opened(
 ) -> None:
     answer = _failed(code, said)
     assert (answer.logits, answer.failure, answer.short) == (None, failure, short)
-    monkeypatch.setattr(verify, "ask", lambda request: answer)
+    monkeypatch.setattr(verify, "asked", answering(lambda request: answer))
     output, dtype = finished[1], torch.bfloat16
     computed = verify.own_logits(Checkpoint(output), TOKENS, CPU, dtype, False)
-    found = verify.verify_logits(output, TOKENS, computed, CPU, dtype, False)
+    found = verified(output, computed, dtype)
     if short:
         assert (found.loader, found.passed, found.max_logit_difference) == (verify.OWN, True, 0.0)
         assert found.note == f"no room for the stock loader: {failure}"
@@ -194,7 +201,7 @@ def test_exit_code_of_a_run_whose_result_the_stock_loader_cannot_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, end: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verify, "ask", lambda request: _failed(1, [line]))
+    monkeypatch.setattr(verify, "asked", answering(lambda request: _failed(1, [line])))
     with ExitStack() as stack:
         Desk(tmp_path, stack)
         result = invoke(*RUN)

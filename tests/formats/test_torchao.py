@@ -104,7 +104,8 @@ def test_dtypes(
         check_logits(tmp_path, run_in)
         return
     expected, tokens = read_part(tmp_path / PROBE)[0]["logits"], context().probe[0]
-    verified = verify.verify_logits(tmp_path / "checkpoint", tokens, expected, CPU, run_in, False)
+    with verify.opening(tmp_path / "checkpoint", tokens, CPU, run_in, False) as opened:
+        verified = opened(expected).verified
     assert (verified.loader, verified.max_logit_difference, verified.passed) == (verify.OWN, 0, True)
     assert (
         verified.note == f"torchao's 4-bit weights run in {stored} only, and this was computed in {run_in}; not asked"

@@ -2,18 +2,22 @@
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 
 import torch
 
 from compress.evaluation.stock import Answer, Request, _continue
 
 
-@contextmanager
-def asked_here(request: Request) -> Iterator[Callable[[], Answer]]:
-    """`compress.evaluation.stock.asked`."""
-    answer = ask_here(request)
-    yield lambda: answer
+def answering(ask: Callable[[Request], Answer]) -> Callable[[Request], AbstractContextManager[Callable[[], Answer]]]:
+    """`compress.evaluation.stock.asked`, with answers from a function."""
+
+    @contextmanager
+    def asked(request: Request) -> Iterator[Callable[[], Answer]]:
+        answer = ask(request)
+        yield lambda: answer
+
+    return asked
 
 
 def ask_here(request: Request) -> Answer:
@@ -35,3 +39,6 @@ def ask_here(request: Request) -> Answer:
             return Answer(logits, [_continue(model, tokenizer, prompt) for prompt in request.prompts])
     except Exception as error:  # whatever it is, the process would have ended with its last line
         return Answer(logits, [], f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+asked_here = answering(ask_here)

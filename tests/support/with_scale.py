@@ -11,11 +11,11 @@ def main() -> None:
     from compress import cli
 
     if "run" in sys.argv and "--dry-run" not in sys.argv:
-        from stock_here import ask_here, asked_here
+        from stock_here import asked_here
 
         from compress.evaluation import base, verify
 
-        base.asked, verify.ask = asked_here, ask_here  # the stock loader in this process: it starts at once
+        base.asked = verify.asked = asked_here  # the stock loader in this process: it starts at once
     cli.main()
 
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from command import invoke
 from small_model import write_model
-from stock_here import ask_here
+from stock_here import asked_here
 from workers_here import Here
 
 import compress
@@ -32,7 +34,7 @@ OVER = ["--over", "stages.0.shape.intermediate_size=64,32", "--over", "stages.1.
 def here(monkeypatch: pytest.MonkeyPatch) -> type[Here]:
     Here.made, Here.said = [], []
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
+    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     return Here
 
 
@@ -88,7 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     write(folder, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-        patch.setattr("compress.evaluation.verify.ask", ask_here)
+        patch.setattr("compress.evaluation.verify.asked", asked_here)
         sweep(folder, *OVER)
     return folder
 
@@ -193,17 +195,20 @@ def test_a_result_that_is_not_verified_is_no_point_of_the_frontier(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, model)
-    monkeypatch.setattr("compress.runs.measure.verify_logits", _failed)
+    monkeypatch.setattr("compress.runs.measure.opening", _failed)
     record = sweep(tmp_path, "--over", "stages.1.bits=4", code=1)
     (point,) = record.points
     assert point.status == "failed" and point.error is not None and point.error.startswith("verification failed")
     assert not point.on_frontier
 
 
-def _failed(*_: Any, **__: Any) -> Any:
+@contextmanager
+def _failed(*_: Any, **__: Any) -> Iterator[Any]:
+    from compress.evaluation.verify import Opened
     from compress.records import Verified
 
-    return Verified(loader="transformers", max_logit_difference=9.0, tolerance=0.1, passed=False)
+    verified = Verified(loader="transformers", max_logit_difference=9.0, tolerance=0.1, passed=False)
+    yield lambda expected: Opened(verified, None)
 
 
 def test_keep_decides_whose_weights_stay_and_reports_always_do(model: Path, tmp_path: Path, here: type[Here]) -> None:
@@ -256,11 +261,11 @@ def test_a_point_that_is_made_again_is_not_finished_meanwhile(
     write(tmp_path, model)
     over = ["--over", "stages.1.bits=4"]
     sweep(tmp_path, *over)
-    monkeypatch.setattr("compress.runs.measure.verify_logits", _failed)
+    monkeypatch.setattr("compress.runs.measure.opening", _failed)
     sweep(tmp_path, *over, "--set", "stages.1.damp=0.05", code=1)
     monkeypatch.undo()
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.ask", ask_here)
+    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     record = sweep(tmp_path, *over)
     assert len(here.made) == 3 and record.points[0].status == "done"
 
