@@ -33,8 +33,8 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
         ModelError: no such model, or it can't be fetched.
     """
     if reference.startswith("package:"):
-        path = _in_package(reference)
-    elif Path(reference).expanduser().exists() or reference.lower().endswith(".gguf") or _looks_local(reference):
+        path = in_package(reference)
+    elif Path(reference).expanduser().exists() or reference.lower().endswith(".gguf") or looks_local(reference):
         path = Path(reference).expanduser()
     else:
         return _from_hub(reference, revision)
@@ -46,11 +46,11 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
     return _from_gguf(path, work, say) if named or is_gguf(path) else path
 
 
-def _looks_local(reference: str) -> bool:
+def looks_local(reference: str) -> bool:
     return reference.startswith((".", "/", "~")) or reference.count("/") != 1
 
 
-def _in_package(reference: str) -> Path:
+def in_package(reference: str) -> Path:
     package, _, name = reference.removeprefix("package:").partition("/")
     try:
         found = importlib.util.find_spec(package)
