@@ -15,14 +15,16 @@ from torch import Tensor
 
 from compress.data.calibration import TokenSet
 from compress.evaluation.divergence import TokenDivergence, rows_at_once, summarise, token_divergence
+from compress.evaluation.worst import Head, worst_places
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import read_part, write_part
+from compress.model.tokenizer import load_tokenizer
 from compress.system.fingerprint import fingerprint
 from compress.system.locks import made_once
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 @torch.no_grad()
@@ -64,13 +66,24 @@ def compare(
         for tokens, one, other in zip(windows.tokens, hidden_base, hidden_candidate, strict=True):
             found.append(_window(streams, [one, other], tokens, max(1, len(windows.prefix)), context.device))
             advance()
-    return summarise(
-        _joined(found, torch.stack),
+    per_window = _joined(found, torch.stack)
+    heads = [_head(stream, hidden) for stream, hidden in zip(streams, (hidden_base, hidden_candidate), strict=True)]
+    tokenizer = load_tokenizer(base.folder, context.trust_remote_code)
+    with streams[0].outer(), streams[1].outer():
+        worst = worst_places(per_window.kl, windows.tokens, heads, tokenizer)
+    summary = summarise(
+        per_window,
         dataset=windows.name,
         sequence_length=windows.sequence_length,
         prefix=windows.prefix,
         dtype=str(context.dtype).removeprefix("torch."),
     )
+    return summary | {"worst": worst}
+
+
+def _head(stream: LayerStream, hidden: Sequence[Tensor]) -> Head:
+    """Logits [V] that predict the token at a place, from what the last layer puts out for every window."""
+    return lambda window, place: stream.logits(hidden[window][:, place - 1 : place].to(stream.device))[0, 0]
 
 
 def _window(

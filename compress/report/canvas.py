@@ -8,7 +8,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,22 @@ def svg(figure: "Figure", prefix: str, label: str) -> str:
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, variable)
     return f'<svg role="img" aria-label="{html.escape(label)}" {viewbox[0]}>{text}'
+
+
+def with_titles(text: str, group: str, titles: Sequence[str]) -> str:
+    """The picture, with words for each marker of a line, shown where the pointer rests on it.
+
+    Args:
+        text: of `svg`.
+        group: the line's id in it, prefix included.
+        titles: for its markers, in order.
+    """
+    head, start, rest = text.partition(f'<g id="{group}">')
+    parts = re.split(r"(<use [^>]*)/>", rest, maxsplit=len(titles))
+    assert len(parts) == 2 * len(titles) + 1, (group, len(titles))
+    for number, title in enumerate(titles):
+        parts[2 * number + 1] += f"><title>{html.escape(title)}</title></use>"
+    return head + start + "".join(parts)
 
 
 def legend(axes: "Axes") -> None:

@@ -1,14 +1,12 @@
 """The model card: what the hub is told in its front matter, and what people read of how a checkpoint came to be."""
 
 import re
-from pathlib import PurePath
 from typing import Any
 
 import yaml
 
-from compress.formats.openers import VLLM_BITS
 from compress.records import Report, Stage
-from compress.report import chain, figures, training
+from compress.report import chain, figures, serving, training
 from compress.report.paths import is_here, without_folders
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -17,14 +15,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def view(report: Report) -> dict[str, Any]:
     """What the card's template reads beside the report's figures.
 
-    `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here. vLLM is named for
-    what its kernels take: compressed-tensors of 4 or 8 bits without quantized embeddings.
+    `base_model` is stated only for what looks like a hub id (`owner/name`) and is no folder here.
     """
     origin = _origin(report)
     hub_base = _HUB_ID.fullmatch(origin) is not None and not is_here(origin)
     stage = figures.quantized_stage(report)
-    bits = {row.module.bits for row in figures.matrices(report)}
-    spec = stage.spec if stage else {}
     return {
         "front_matter": as_yaml(_front_matter(report, stage, origin if hub_base else None)),
         "method_words": _card_words(report, stage),
@@ -33,8 +28,9 @@ def view(report: Report) -> dict[str, Any]:
         "teachers": training.teachers_of(report),
         "texts": training.texts_of(report),
         "recipe_yaml": as_yaml(without_folders(report.recipe)),
-        "path": f"path/to/{PurePath(report.compressed.path).name}",
-        "vllm": report.compressed.format == "compressed-tensors" and bits <= VLLM_BITS and not spec.get("embeddings"),
+        "path": serving.path_of(report),
+        "packages": serving.packages(report),
+        "servers": [way for way in serving.ways(report) if way.name != "transformers"],
     }
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from compress.records import Interval, Layer, Module, Report, Speed, Stage
+from compress.records import Interval, Layer, Module, Quality, Report, Speed, Stage
 from compress.report.paths import without_folders
 from compress.system.units import count, size
 
@@ -43,6 +43,11 @@ def percent(share: float | None) -> str:
 def change(before: float, after: float) -> str:
     """The relative change with its sign: +9.4 %."""
     return f"{100 * (after / before - 1):+.1f} %" if before else "–"
+
+
+def points(share: float) -> str:
+    """A difference of two shares, with its sign: -1.4 points."""
+    return f"{100 * share:+.1f} points"
 
 
 def interval(bounds: Interval | None, share: bool = False) -> str:
@@ -128,9 +133,20 @@ def quality_rows(report: Report) -> list[Row]:
         ("KL divergence, 99th percentile", "0", number(kl.p99), ""),
         ("Top-1 agreement", "100 %", percent(top1.mean), _ci(top1.ci95, share=True)),
     ]
+    rows += [row for each in report.further for row in _further_rows(each)]
     for name, task in quality.tasks.items():
-        rows.append((f"{name} ({task.n} items)", number(task.base), number(task.compressed), f"{task.delta:+.3g}"))
+        rows.append((f"{name} ({task.n:,} items)", percent(task.base), percent(task.compressed), points(task.delta)))
     return rows
+
+
+def _further_rows(quality: Quality) -> list[Row]:
+    """Perplexity and divergence on another text."""
+    ppl, kl = quality.perplexity, quality.kl
+    where = f"({ppl.dataset}, {ppl.sequence_length} tokens)"
+    return [
+        (f"Perplexity {where}", perplexity(ppl.base), perplexity(ppl.compressed), change(ppl.base, ppl.compressed)),
+        (f"KL divergence {where}", "0", number(kl.mean), _ci(kl.ci95)),
+    ]
 
 
 def speed_rows(report: Report) -> list[Row]:

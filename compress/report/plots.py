@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.records import Quality, Report, Trained
 from compress.report import figures
-from compress.report.canvas import INK, MARKERS, MUTED, PANEL, SERIES, canvas, legend, svg
+from compress.report.canvas import INK, MARKERS, MUTED, PANEL, SERIES, canvas, legend, svg, with_titles
 from compress.report.chain import chain_points
 from compress.report.figures import MatrixRow
 from compress.system.units import count, size
@@ -28,12 +28,15 @@ def error_by_layer(report: Report) -> str | None:
     if not by_kind:
         return None
     fallbacks = [row for layers in by_kind.values() for rows in layers.values() for row in rows if row.module.fallback]
+    titles: list[list[str]] = []
     with canvas(3.9) as (figure, axes):
         axes.set_yscale("log")
         for number, (kind, layers) in enumerate(by_kind.items()):
             style: dict[str, Any] = {"color": SERIES[number % 8], "marker": MARKERS[number % 8]}
             means = [fmean(row.module.error or 0.0 for row in rows) for rows in layers.values()]
-            axes.plot(list(layers), means, label=kind, markersize=4, linewidth=1.4, markeredgewidth=0, **style)
+            style |= {"markersize": 4, "linewidth": 1.4, "markeredgewidth": 0, "gid": f"kind-{number}"}
+            axes.plot(list(layers), means, label=kind, **style)
+            titles.append([f"layer {i}, {kind}: {figures.percent(x)}" for i, x in zip(layers, means, strict=True)])
         if fallbacks:
             ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgecolor": INK}
             layers_hit, errors = zip(*((row.layer or 0, row.module.error or 0.0) for row in fallbacks), strict=True)
@@ -44,7 +47,10 @@ def error_by_layer(report: Report) -> str | None:
         axes.set(xlabel="decoder layer", ylabel="relative output error")
         axes.margins(x=0.02)
         legend(axes)
-        return svg(figure, "layers", "Relative output error of every kind of matrix over the layers")
+        text = svg(figure, "layers", "Relative output error of every kind of matrix over the layers")
+    for number, words in enumerate(titles):
+        text = with_titles(text, f"layers-kind-{number}", words)
+    return text
 
 
 def kl_by_window(quality: Quality) -> str | None:
@@ -59,7 +65,8 @@ def kl_by_window(quality: Quality) -> str | None:
             axes.axhspan(*quality.kl.ci95, color=SERIES[0], alpha=0.2, linewidth=0, label="95 % interval of the mean")
         axes.axhline(quality.kl.mean, color=SERIES[0], linewidth=1.4, label=f"mean {figures.number(quality.kl.mean)}")
         size = 5 if len(windows) <= 200 else 2.5
-        axes.plot(windows, linestyle="none", marker="o", markersize=size, color=SERIES[1], label="one window")
+        style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": size, "gid": "each"}
+        axes.plot(windows, color=SERIES[1], label="one window", **style)
         axes.set(xlabel="evaluation window, in the order of the text", ylabel="KL, nats per token")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -67,7 +74,8 @@ def kl_by_window(quality: Quality) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         legend(axes)
-        return svg(figure, "windows", "KL divergence of every evaluation window")
+        text = svg(figure, "windows", "KL divergence of every evaluation window")
+    return with_titles(text, "windows-each", [f"window {n}: {figures.number(kl)}" for n, kl in enumerate(windows)])
 
 
 def size_bars(report: Report) -> str | None:

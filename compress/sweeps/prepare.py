@@ -129,7 +129,7 @@ def _texts(recipe: Recipe, plan: RunPlan) -> list[SourceSpec]:
     """Texts that the point reads."""
     found: list[SourceSpec] = [plan.text] if plan.calibrates else []
     if recipe.evaluate is not None:
-        found.append(load_evaluation_spec(recipe.evaluate.text))
+        found += [load_evaluation_spec(text) for text in recipe.evaluate.texts(chats=True)]
     for spec in plan.specs:
         if hasattr(spec, "data"):
             found += load_training_texts(spec.data, plan.text)

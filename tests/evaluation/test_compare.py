@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,12 +54,36 @@ def test_logits_are_bounded_and_the_figures_are_those_of_whole_windows(
     views = [DequantizedCheckpoint(Checkpoint(folder)) for folder in (base, other)]
     found = compare(views[0], views[1], windows, context, tmp_path / "cache", "id")
     assert max(largest) == VOCABULARY * min(rows, LENGTH - 1)
-    assert sum(largest) == 2 * VOCABULARY * WINDOWS * (LENGTH - 1)
+    places = 2 * WINDOWS  # that are looked at once more
+    assert sum(largest) == 2 * VOCABULARY * (WINDOWS * (LENGTH - 1) + places)
+    _check_worst(found["worst"], stacked, [m(tokens).logits.softmax(-1) for m in models], tokens, base)
     for part, names in (("perplexity", ("base", "compressed")), ("kl", ("mean", "p99")), ("top1_agreement", ("mean",))):
         for name in names:
             assert found[part][name] == pytest.approx(expected[part][name], rel=1e-5)
     assert found["kl_per_window"] == pytest.approx(expected["kl_per_window"], rel=1e-5)
     assert found["kl"]["mean"] > 1e-3
+
+
+def _check_worst(
+    worst: list[dict[str, Any]], expected: TokenDivergence, shares: list[Tensor], tokens: Tensor, folder: Path
+) -> None:
+    """The two largest of each window, largest first, and what both models expect there."""
+    largest = expected.kl.topk(2, dim=1)
+    there = sorted(
+        ((kl, w, at + 1) for w in range(WINDOWS) for kl, at in zip(*(x[w].tolist() for x in largest), strict=True)),
+        reverse=True,
+    )
+    assert [(place["window"], place["position"]) for place in worst] == [(w, at) for _, w, at in there]
+    assert [place["kl"] for place in worst] == pytest.approx([kl for kl, _, _ in there], rel=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for place in worst:
+        window, at = place["window"], place["position"]
+        assert place["came"] == tokenizer.decode(tokens[window, at : at + 1])
+        assert place["before"] == tokenizer.decode(tokens[window, max(0, at - 24) : at])
+        for name, share in zip(("base", "compressed"), shares, strict=True):
+            values, ids = share[window, at - 1].topk(3)
+            assert [token for token, _ in place[name]] == [tokenizer.decode([token]) for token in ids.tolist()]
+            assert [p for _, p in place[name]] == pytest.approx(values.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("front", [1, 2])

@@ -48,7 +48,7 @@ def test_shortest_recipe_has_the_defaults_of_the_contract() -> None:
     assert (stage.overrides, stage.ignore, stage.lm_head, stage.embeddings) == ({}, [], False, False)
     assert stage.format == "compressed-tensors"
     assert recipe.evaluate is not None
-    assert (recipe.evaluate.text, recipe.evaluate.sequence_length, recipe.evaluate.windows) == ("wikitext2", None, 64)
+    assert (recipe.evaluate.text, recipe.evaluate.sequence_length, recipe.evaluate.windows) == (None, None, 64)
 
 
 def test_yaml_1_1_traps() -> None:

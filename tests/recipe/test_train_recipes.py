@@ -10,7 +10,7 @@ from compress.recipe.load import load_recipe, load_training_texts
 from compress.recipe.text import CalibrationSpec, TrainingText
 
 BASE = "name: a\nmodel: org/m\noutput: out\nstages:\n  - kind: {kind}\n"
-BUNDLED = "general_en, general_en_small, wikitext2"
+BUNDLED = "chat_en, general_en, general_en_small, wikitext2"
 CALIBRATION = CalibrationSpec(source="/c.txt", samples=7, sequence_length=64, seed=3, licence="MIT")
 
 

@@ -378,7 +378,7 @@ CASES = [
     Case(
         "eval on a misspelt text",
         lambda desk: ["eval", "model", "model", "--text", "wikitxt2", *EVAL],
-        "wikitxt2: no such spec; did you mean wikitext2? (bundled: general_en, general_en_small, wikitext2)",
+        "wikitxt2: no such spec; did you mean wikitext2? (bundled: chat_en, general_en, general_en_small, wikitext2)",
     ),
     Case(
         "cache of a folder without one",

@@ -1,0 +1,84 @@
+"""How to run a finished checkpoint: the commands of the programs that open it, as the README's table says."""
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from compress.formats.openers import VLLM_BITS
+from compress.records import Report
+from compress.report import figures
+
+_PACKAGES = {
+    "gptq": "transformers optimum gptqmodel",
+    "compressed-tensors": "transformers compressed-tensors",
+    "torchao": "transformers torchao",
+}
+_ONNX = (
+    "python -m onnxruntime_genai.models.builder -i {path} -o onnx -p int4 -e cpu -c cache --extra_options "
+    "hf_token=false shared_embeddings=false nodes_to_exclude=/lm_head/MatMul accuracy_level=0"
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A program that opens the checkpoint.
+
+    Args:
+        name: the program's.
+        command: what to type.
+        note: what to know first; empty where there is nothing.
+    """
+
+    name: str
+    command: str
+    note: str = ""
+
+
+def path_of(report: Report) -> str:
+    """The checkpoint, as commands that are shown to others name it."""
+    return f"path/to/{PurePath(report.compressed.path).name}"
+
+
+def packages(report: Report) -> str:
+    """What transformers needs to be installed with."""
+    return _PACKAGES.get(report.compressed.format or "", "transformers")
+
+
+def ways(report: Report) -> list[Way]:
+    """The programs that open the checkpoint; servers first."""
+    path, found = path_of(report), []
+    if (note := _vllm(report)) is not None:
+        found.append(Way("vLLM", f"vllm serve {path}", note))
+    if _onnx(report):
+        found.append(
+            Way("ONNX Runtime GenAI", _ONNX.format(path=path), "keeps the codes; for gemma3 and phi3 it fails")
+        )
+    opened = f'model = AutoModelForCausalLM.from_pretrained("{path}")'
+    slow = "to check and to try; 4-bit weights are unpacked as it goes" if report.compressed.format else ""
+    return [*found, Way("transformers", f"pip install {packages(report)}\n{opened}", slow)]
+
+
+def _vllm(report: Report) -> str | None:
+    """What to know before vLLM opens it; None where it does not."""
+    stage, name = figures.quantized_stage(report), report.compressed.format
+    if stage is None or name is None:
+        return "" if name is None else None
+    spec, bits = stage.spec, {row.module.bits for row in figures.matrices(report)}
+    if name == "gptq":
+        return None if spec.get("symmetric") is False else "" if bits == {4} else "on a GPU"
+    if name != "compressed-tensors" or not bits <= VLLM_BITS or spec.get("embeddings"):
+        return None
+    inputs = {row.module.inputs for row in figures.matrices(report)}
+    if inputs == {None}:
+        return "on a GPU" if 8 in bits else ""
+    return "on a GPU" if spec.get("dtype") == "fp8" and inputs != {"dynamic"} else ""
+
+
+def _onnx(report: Report) -> bool:
+    """Whether ONNX Runtime GenAI's builder takes it as it is."""
+    stage, spec = figures.quantized_stage(report), {}
+    if stage is None or report.compressed.format != "gptq":
+        return False
+    spec = stage.spec
+    bits = {row.module.bits for row in figures.matrices(report)}
+    groups = {row.module.group_size for row in figures.matrices(report)}
+    return bits <= {2, 4, 8} and groups <= {64, 128} and not spec.get("ignore") and not spec.get("lm_head")
