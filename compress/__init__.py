@@ -6,6 +6,7 @@ The command line calls these, and so can a notebook; examples/ shows how:
     compress.evaluate(base, candidate, ...)  perplexity, KL divergence and agreement of any two checkpoints
     compress.sweep(recipe, over=[...], ...)  many recipes that differ in a few values, and what each costs
     compress.compare(results, output, ...)   finished results in one table and one picture
+    compress.plan(model, gpu=..., ...)       which precision fits where, before anything is downloaded, and its recipe
     compress.verify(checkpoint, ...)         open it with the stock loader and with ours: what agrees, what differs
     compress.inspect(checkpoint)             what it holds and how it was made
 
@@ -17,13 +18,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.footprint.footprint import plan
     from compress.runs.runner import run
     from compress.runs.tools import evaluate, inspect, verify
     from compress.sweeps.driver import sweep
     from compress.sweeps.results import compare
 
 __version__ = "0.1.0"
-__all__ = ["compare", "evaluate", "inspect", "run", "sweep", "verify"]
+__all__ = ["compare", "evaluate", "inspect", "plan", "run", "sweep", "verify"]
 
 _WHERE = {
     "run": "runs.runner",
@@ -32,6 +34,7 @@ _WHERE = {
     "verify": "runs.tools",
     "sweep": "sweeps.driver",
     "compare": "sweeps.results",
+    "plan": "footprint.footprint",
 }
 
 

@@ -24,6 +24,7 @@ from compress.cli_options import (
     print_table,
     reporter_of,
 )
+from compress.cli_plan import plan
 from compress.cli_sweep import compare, sweep_app
 from compress.errors import DscompressError, RecipeError, UserError
 from compress.system import distributed, interrupts, launcher
@@ -82,6 +83,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(cache_app, name="cache")
 app.add_typer(sweep_app, name="sweep")
 app.command()(compare)
+app.command()(plan)
 
 
 def _version(asked: bool) -> None:
@@ -149,7 +151,7 @@ def run(
     if dry_run:
         _print_plan(loaded, work, reporter)
         return
-    from compress.report.write import speed_words, summary_table
+    from compress.report.write import served_line, speed_words, summary_table, tasks_line
 
     report = compress.run(
         loaded, device=device, work_dir=work, fresh=fresh, max_memory=_bytes(max_memory), reporter=reporter
@@ -157,8 +159,12 @@ def run(
     if report is None:
         return
     print_table(("", "base", "compressed", "change"), summary_table(report))
+    if words := tasks_line(report):
+        print(f"tasks       {words}")
     if words := speed_words(report):
         print(f"speed       {words}")
+    if words := served_line(report):
+        print(f"served      {words}")
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
     if report.verified is not None and not report.verified.passed:
         raise typer.Exit(1)
@@ -203,18 +209,30 @@ def eval(
         typer.Option("--sequence-length", min=2, help="Tokens per window; default: 2048, or the positions of BASE."),
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Number of windows.")] = 64,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Benchmark tasks of lm-eval that both do, too.")
+    ] = None,
+    task_files: Annotated[
+        Path | None, typer.Option("--task-files", metavar="DIR", help="Task files of yours, before lm-eval's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items of each task; default: all.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="Examples before each item; default: each task's own number.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Word tasks by the model's chat template.")] = False,
     device: DeviceOption = "auto",
     work_dir: WorkOption = None,
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare two checkpoints: perplexity, KL divergence, top-1 agreement. Prints JSON."""
+    """Compare two checkpoints: perplexity, KL divergence, top-1 agreement, tasks. Prints JSON."""
     reporter = reporter_of(quiet, False)
     work = work_dir or Path.cwd() / ".dscompress"
     quality = compress.evaluate(
         base, candidate, text=text, sequence_length=sequence_length, windows=windows, device=device, work_dir=work,
-        trust_remote_code=trust_remote_code, reporter=reporter,
+        tasks=[name.strip() for name in tasks.split(",")] if tasks else None, task_files=task_files, limit=limit,
+        fewshot=fewshot, chat=chat, trust_remote_code=trust_remote_code, reporter=reporter,
     )  # fmt: skip
     print(quality.model_dump_json(indent=2))
 
@@ -222,13 +240,16 @@ def eval(
 @app.command()
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder.")],
+    serve: Annotated[
+        str | None, typer.Option(metavar="auto|PYTHON", help="Open it in the vLLM of that environment, too.")
+    ] = None,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Open a checkpoint with the stock loader and with ours, and compare: PASS, or what differs."""
     reporter_of(False, False)
-    checks = compress.verify(checkpoint, device=device, trust_remote_code=trust_remote_code)
+    checks = compress.verify(checkpoint, device=device, trust_remote_code=trust_remote_code, serve=serve)
     for check in checks:
         word = {True: "ok  ", False: "FAIL", None: "-   "}[check.passed]
         print(f"{word} {check.name}: {check.detail}")

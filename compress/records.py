@@ -10,6 +10,9 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.served_records import Served
+from compress.task_records import Task, TaskDecision
+
 RECORD = "dscompress.json"
 
 Interval = tuple[float, float]
@@ -67,15 +70,19 @@ class Agreement(_Typed):
     ci95: Interval | None
 
 
-class Task(_Typed):
-    """One benchmark: the scores, their difference (compressed - base), its interval and p-value, the items."""
+class Place(_Typed):
+    """A place of the text: what stood before it, what came, and the likeliest tokens of both with their probabilities.
 
-    base: float
-    compressed: float
-    delta: float
-    ci95: Interval | None
-    p_value: float | None
-    n: Count
+    `position` is that of the token that came, in its window.
+    """
+
+    window: Count
+    position: Count
+    kl: float
+    before: str
+    came: str
+    base: list[tuple[str, float]]
+    compressed: list[tuple[str, float]]
 
 
 class Quality(_Typed):
@@ -85,7 +92,9 @@ class Quality(_Typed):
     kl: Divergence
     top1_agreement: Agreement
     tasks: dict[str, Task] = {}
+    task_decision: TaskDecision | None = None
     kl_per_window: list[float] = []
+    worst: list[Place] = []
     dtype: str | None = None
     protocol: str | None = None
 
@@ -314,7 +323,10 @@ class Machine(_Typed):
 
 
 class Report(_Typed):
-    """`report.json`. `size_ratio` is base bytes / compressed bytes; `created` is ISO 8601; `seconds` the whole run."""
+    """`report.json`. `size_ratio` is base bytes / compressed bytes; `created` is ISO 8601; `seconds` the whole run.
+
+    `quality` is on the first text of the evaluation, `further` on the others.
+    """
 
     name: str
     recipe: dict[str, Any]
@@ -324,6 +336,7 @@ class Report(_Typed):
     compressed: Compressed
     size_ratio: float
     quality: Quality | None
+    further: list[Quality] = []
     stages: list[Stage]
     calibration: Calibration | None = None
     generations: list[Generation] = []
@@ -331,6 +344,7 @@ class Report(_Typed):
     verified: Verified | None
     speed: Speed | None = None
     speed_note: str | None = None
+    served: Served | None = None
     machine: Machine | None = None
     versions: dict[str, str]
     warnings: list[str] = []

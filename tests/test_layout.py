@@ -17,6 +17,8 @@ LIGHT = (
     "compress.recipe",
     "compress.errors",
     "compress.records",
+    "compress.served_records",
+    "compress.task_records",
     "compress.sweep_records",
     "compress.sweeps.points",
     "compress.sweeps.prepare",
@@ -27,15 +29,16 @@ HEAVY = ("torch", "transformers")
 # From the command down: a package imports what stands below it, and nothing beside it.
 LEVELS = (
     ("compress.cli", "compress.__init__"),
-    ("compress.cli_sweep",),
+    ("compress.cli_sweep", "compress.cli_plan"),
     ("compress.cli_options",),
     ("compress.sweeps",),
-    ("compress.runs",),
+    ("compress.runs", "compress.footprint"),
     ("compress.stages", "compress.evaluation", "compress.export", "compress.report"),
     ("compress.loop", "compress.data", "compress.formats", "compress.quant", "compress.prune", "compress.train"),
     ("compress.recipe", "compress.model", "compress.kernels"),
     ("compress.system",),
     ("compress.errors", "compress.records", "compress.sweep_records"),
+    ("compress.served_records", "compress.task_records"),
 )
 EXCEPTIONS = {
     "compress.formats": ("compress.quant.grid",),  # the one definition of rounding

@@ -50,6 +50,14 @@ def gptq_head(where: str) -> list[str]:
     ]
 
 
+def per_head_cache(where: str) -> list[str]:
+    """What is known of a cache with scales for each head."""
+    return [
+        f"{where}.kv_cache: vLLM's CPU build opens a checkpoint with fp8_per_head and is further off than rounding "
+        "explains; vLLM takes scales per head with Flash Attention only (for any other, use kv_cache: fp8)"
+    ]
+
+
 def _pack_quantized(matrices: Sequence[Matrix], embeddings: str, where: str) -> list[str]:
     lines, bits = [], {matrix.bits for matrix in matrices}
     if odd := sorted(bits - VLLM_BITS):

@@ -47,10 +47,16 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
 
 
 def looks_local(reference: str) -> bool:
+    """Whether a reference is spelled as a path here, and not as a hub id."""
     return reference.startswith((".", "/", "~")) or reference.count("/") != 1
 
 
 def in_package(reference: str) -> Path:
+    """The file of `package:NAME/FILE`.
+
+    Raises:
+        ModelError: the package or the file is not installed.
+    """
     package, _, name = reference.removeprefix("package:").partition("/")
     try:
         found = importlib.util.find_spec(package)

@@ -74,8 +74,12 @@ def load_recipe(
     _resolve_output(document, [(str(each[-1]), _resolve_model(document, each)) for each in locations])
     _resolve_spec(document, ("calibration",), may_be_text=False)
     _resolve_source(document, ("calibration", "source"))
-    _resolve_spec(document, ("evaluate", "text"), may_be_text=True)
+    for location in _items(document, ("evaluate", "text")):
+        _resolve_spec(document, location, may_be_text=True)
     _resolve_data(document)
+    _resolve_interpreter(document, ("serve", "python"))
+    if files := _text_at(document, place := ("evaluate", "task_files")):
+        document.replace(place, str(_absolute(files, document.place(place).folder)))
     return document.validate(Recipe)
 
 
@@ -262,11 +266,15 @@ def _teachers_and_students(document: Document) -> list[Location]:
 def _resolve_data(document: Document) -> None:
     """Checks the texts to train on, one or several for each stage, and makes their paths absolute."""
     for where in _trained(document):
-        data = _value_at(document, (*where, "data"))
-        several = [(*where, "data", number) for number in range(len(data))] if isinstance(data, list) else []
-        for location in several or [(*where, "data")]:
+        for location in _items(document, (*where, "data")):
             _resolve_spec(document, location, may_be_text=False, schema=TrainingText)
             _resolve_source(document, (*location, "source"), may_be_folder=True)
+
+
+def _items(document: Document, location: Location) -> list[Location]:
+    """Where the items of a list are, or the one value that stands in its place."""
+    value = _value_at(document, location)
+    return [(*location, number) for number in range(len(value))] if isinstance(value, list) else [location]
 
 
 def _resolve_spec(
@@ -325,6 +333,18 @@ def _resolve_source(document: Document, location: Location, *, may_be_folder: bo
         document.add_problem(location, f"{source}: is not of a type that is read; use {LOCAL_TYPES}")
     else:
         document.replace(location, str(path))
+
+
+def _resolve_interpreter(document: Document, location: Location) -> None:
+    """Makes the path of a Python absolute; a link is kept, since an environment's Python is one."""
+    python = _text_at(document, location)
+    if python is None:
+        return
+    path = _absolute(python, document.place(location).folder)
+    document.replace(location, str(path))
+    if _kind(path) != "file" or not os.access(path, os.X_OK):
+        there = "is no program" if _kind(path) else f"no such file{_guess_file(path)}"
+        document.add_problem(location, f"{python}: {there}; name an environment's bin/python, or use serve: true")
 
 
 def _value_at(document: Document, location: Location) -> Any:

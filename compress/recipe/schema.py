@@ -17,6 +17,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -28,16 +29,27 @@ from compress.stages import KINDS
 
 
 def _parse_switch(value: object) -> object:
-    """`evaluate: false` is null and `evaluate: true` the defaults."""
+    """`evaluate: false` is null and `evaluate: true` the defaults; so is it for `serve`."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+PROSE, CHATS = "wikitext2", "chat_en"  # bundled texts
 
 
 class EvaluateSpec(Closed):
     """How base and compressed model are compared."""
 
-    text: Text = Field(
-        default="wikitext2",
-        description="Text to measure on: a spec under calibration/, a path to one, or a path to a text or jsonl file.",
+    text: (
+        Annotated[
+            Annotated[Text, Tag("name or path")] | Annotated[list[Text], Field(min_length=1), Tag("several")],
+            Discriminator(lambda value: "several" if isinstance(value, list) else "name or path"),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Text to measure on: a spec under calibration/, a path to one, or a path to a text or jsonl file; "
+        "or several, the first of which gives the headline. Null takes wikitext2, and chat_en too for a model with a "
+        "chat template.",
     )
     sequence_length: Annotated[Count, Field(ge=2)] | None = Field(
         default=None,
@@ -48,6 +60,44 @@ class EvaluateSpec(Closed):
     prompts: list[Text] | None = Field(
         default=None,
         description="Prompts whose continuations by both models the report shows; null takes three general ones.",
+    )
+    tasks: list[Text] | None = Field(
+        default=None,
+        min_length=1,
+        description="Benchmark tasks or groups of lm-eval, such as [arc_easy, hellaswag], that both models do.",
+    )
+    task_files: Text | None = Field(
+        default=None, description="Folder of lm-eval task files of yours, which go before lm-eval's own."
+    )
+    limit: Count | None = Field(default=None, ge=1, description="Items of each task; null takes all.")
+    fewshot: Count | None = Field(
+        default=None, ge=0, description="Examples before each item of a task; null takes the task's own number."
+    )
+    chat: bool = Field(default=False, description="Word the prompts of tasks by the model's chat template.")
+
+    @field_validator("task_files", "limit", "fewshot", "chat")
+    @classmethod
+    def _check_needed(cls, value: object, info: ValidationInfo) -> object:
+        if value not in (None, False) and "tasks" in info.data and info.data["tasks"] is None:
+            raise PydanticCustomError(
+                "tasks", "is for tasks, and there are none; add tasks: [arc_easy, ...] or remove it"
+            )
+        return value
+
+    def texts(self, chats: bool) -> list[str]:
+        """What is measured on; `chats`: the model has a chat template."""
+        if self.text is None:
+            return [PROSE, CHATS] if chats else [PROSE]
+        return [self.text] if isinstance(self.text, str) else self.text
+
+
+class ServeSpec(Closed):
+    """A serving engine that opens the finished checkpoint, and says what our reader says."""
+
+    python: Text | None = Field(
+        default=None,
+        description="Interpreter of an environment that has vLLM; null takes this environment's vLLM, or .venv-vllm in "
+        "the current folder or the clone (make clients).",
     )
 
 
@@ -98,6 +148,11 @@ class Recipe(Closed):
     evaluate: Annotated[EvaluateSpec | None, BeforeValidator(_parse_switch)] = Field(
         default=EvaluateSpec(), description="How the result is measured; false or null skips it."
     )
+    serve: Annotated[ServeSpec | None, BeforeValidator(_parse_switch)] = Field(
+        default=None,
+        description="Open the result in a real vLLM, compare it with our reader, and time it beside its base; true "
+        "takes the vLLM that is found, false or null skips it.",
+    )
     sweep: Sweep | None = Field(
         default=None, description="Values to vary, for `dscompress sweep`: one result for each, and what each costs."
     )
@@ -127,5 +182,6 @@ def bundled_dir(kind: Literal["recipes", "calibration"]) -> Path:
 def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe as it may be written, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
-    schema["properties"]["evaluate"]["anyOf"].append({"type": "boolean"})
+    for switch in ("evaluate", "serve"):
+        schema["properties"][switch]["anyOf"].append({"type": "boolean"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

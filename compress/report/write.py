@@ -12,10 +12,13 @@ from compress.report import card, chain, figures
 from compress.report.figures import speed_words, summary_table
 from compress.report.pages import environment, write
 from compress.report.pruning import pruned_views
+from compress.report.served import served_line, served_view
+from compress.report.serving import ways
+from compress.report.tasks import TASK_HEADS, tasks_line, tasks_view
 from compress.report.training import TEXT_HEADS, trained_views
 from compress.system.units import size
 
-__all__ = ["speed_words", "summary_table", "write_model_card", "write_report"]
+__all__ = ["served_line", "speed_words", "summary_table", "tasks_line", "write_model_card", "write_report"]
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -83,6 +86,10 @@ def _view(report: Report) -> dict[str, Any]:
         "speed_rows": figures.speed_rows(report),
         "speed_words": speed_words(report),
         "speed_protocol": figures.speed_protocol(report),
+        "tasks": tasks_view(report),
+        "task_heads": TASK_HEADS,
+        "served": served_view(report),
+        "ways": ways(report) if not _failures(report) else [],
         "failures": _failures(report),
         "warnings": _fallback_warning(len(fallbacks), len(rows)) + report.warnings,
         "facts": _facts(report),

@@ -8,28 +8,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compress import records
-from compress.data.calibration import TokenSet
+from compress.data.calibration import TokenSet, load_windows
+from compress.errors import CalibrationError
 from compress.evaluation.base import continuations, texts_file
 from compress.evaluation.compare import CODE_VERSION, compare
+from compress.evaluation.served import Engine, difference, serve
 from compress.evaluation.speed import compare_speed
+from compress.evaluation.tasks.ask import Scores
+from compress.evaluation.tasks.compared import task_records
 from compress.evaluation.verify import opening
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.facts import facts_of
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import parameter_count
-from compress.recipe.schema import EvaluateSpec
+from compress.recipe.schema import PROSE, EvaluateSpec
 from compress.records import read_record
+from compress.served_records import Served
 from compress.stages.contract import Plan
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.locks import made_once
 from compress.system.memory import available
+from compress.system.progress import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
@@ -41,6 +51,35 @@ PROMPTS = (
 def prompts_of(spec: EvaluateSpec | None) -> list[str]:
     """What both models are asked to continue."""
     return [] if spec is None else list(PROMPTS if spec.prompts is None else spec.prompts)
+
+
+def read_windows(
+    spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase", length: int, reporter: Reporter
+) -> list[TokenSet]:
+    """The windows of an evaluation's texts, of so many tokens each.
+
+    Raises:
+        CalibrationError: a text that can't be used.
+    """
+    found = []
+    for text in spec.texts(chats=bool(tokenizer.chat_template)):
+        named = spec.text is not None or text == PROSE  # nobody asked for the others
+        try:
+            windows = load_windows(text, tokenizer, sequence_length=length, windows=spec.windows)
+        except CalibrationError as error:
+            if named:
+                raise
+            reporter.warn(f"not measured on chats: {error}")
+            continue
+        for warning in windows.warnings if named else ():
+            reporter.warn(warning)
+        found.append(windows)
+    return found
+
+
+def answers(cache: Path) -> Path:
+    """Where a work folder keeps answers to tasks; `cache` is where it keeps figures."""
+    return cache.with_name("answers")
 
 
 @dataclass(frozen=True)
@@ -116,10 +155,8 @@ class Measurement:
         elif verified.note:
             say(f"verified by the {verified.loader}: {verified.note}")
 
-    def quality(self, windows: TokenSet | None) -> records.Quality | None:
-        """Perplexity, divergence and agreement on the evaluation's windows; None without any."""
-        if windows is None:
-            return None
+    def quality(self, windows: TokenSet) -> records.Quality:
+        """Perplexity, divergence and agreement on an evaluation's windows."""
         key = fingerprint(self.base_id, self.key, windows.sha256, str(self.context.dtype), CODE_VERSION)
         found = self.cache / f"{key}.json"
         say = self.context.reporter.say
@@ -158,11 +195,32 @@ class Measurement:
         rows = zip(prompts, *texts, strict=True)
         return [records.Generation(prompt=p, base=b, compressed=c) for p, b, c in rows], None
 
+    def with_tasks(self, quality: records.Quality, spec: EvaluateSpec, before: Scores) -> records.Quality:
+        """The same with what both models did in the evaluation's tasks; `before` are the base's scores."""
+        tasks, decision = task_records(
+            self.base, self.base_id, before, self.result, self.key, spec, self.context, answers(self.cache), self.fresh
+        )
+        return quality.model_copy(update={"tasks": tasks, "task_decision": decision})
+
     def speed(self) -> tuple[records.Speed | None, str | None]:
         """How fast both run where the result's format is one that a CPU computes in integers; else nothing."""
         if not facts_of(self.result.config).runs_on_cpu or self.context.device.type != "cpu":
             return None, None
         return compare_speed(self.base, self.result, self.key, self.context, self.cache, self.fresh)
+
+    def served(self, engine: Engine | str) -> Served:
+        """What vLLM makes of the result: that it refuses it, or differs, is a warning."""
+        record, warn = read_record(self.result.folder), self.context.reporter.warn
+        assert record is not None, "a stage's artefact has one"
+        names, tokens = (self.base_id, self.key), record.probe.tokens
+        served = serve(self.base, self.result, names, tokens, engine, self.context, self.cache, self.fresh)
+        which = f"{served.engine} {served.version}"
+        if served.opened and not served.passed:
+            what = "opens the result and differs by more than rounding explains"
+            warn(f"{which} {what}: {difference(served)}; do not serve it there")
+        elif not served.opened and isinstance(engine, Engine):
+            warn(f"{which} does not open the result: {served.note}")
+        return served
 
 
 def with_figures(

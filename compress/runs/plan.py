@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compress.data.sources import source_files
 from compress.errors import CalibrationError, ModelError, RecipeError
+from compress.evaluation.tasks.names import task_problems
 from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
@@ -168,7 +169,7 @@ def _fold(recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models
             setting = replace(behind, following=following)
             parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
             shapes = parts[-1].plan.shapes
-    _check(parts, [*_between(parts), *_not_comparable(recipe, base, models)])
+    _check(parts, [*_between(parts), *_not_comparable(recipe, base, models), *_tasks(recipe)])
     return parts
 
 
@@ -200,6 +201,15 @@ def _between(parts: Sequence[Part]) -> list[str]:
                 "base's; use parent"
             )
     return problems
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    """Tasks of the evaluation that nobody knows."""
+    evaluate = recipe.evaluate
+    if evaluate is None or evaluate.tasks is None:
+        return []
+    files = None if evaluate.task_files is None else Path(evaluate.task_files)
+    return task_problems(evaluate.tasks, files, "evaluate.tasks")
 
 
 def _not_comparable(recipe: Recipe, base: Checkpoint | None, models: Mapping[str, Path]) -> list[str]:
@@ -250,7 +260,11 @@ def _flattered(planned: RunPlan) -> list[str]:
     recipe = planned.recipe
     if recipe.evaluate is None:
         return []
-    evaluation = load_evaluation_spec(recipe.evaluate.text)
+    texts = [load_evaluation_spec(text) for text in recipe.evaluate.texts(chats=True)]
+    return [line for text in texts for line in _flattered_on(text, planned)]
+
+
+def _flattered_on(evaluation: SourceSpec, planned: RunPlan) -> list[str]:
     name = evaluation.name or Path(evaluation.source).name
     lines = []
     if planned.calibrates and _same_text(planned.text, evaluation):

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress import records
-from compress.data.calibration import TokenSet, load_calibration, load_windows
+from compress.data.calibration import TokenSet, load_calibration
 from compress.errors import DscompressError, OutputError, RecipeError, UserError
 from compress.evaluation.base import check_base
+from compress.evaluation.served import Engine, find_engine
 from compress.evaluation.stock import kept_ready
+from compress.evaluation.tasks.ask import Scores
+from compress.evaluation.tasks.compared import base_scores
 from compress.evaluation.verify import probe_of, probe_tokens
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
@@ -27,7 +30,7 @@ from compress.model.shapes import check_vocabulary, model_dtype, parameter_count
 from compress.model.source import lock_of, resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.load import load_recipe
-from compress.recipe.schema import EvaluateSpec, Recipe
+from compress.recipe.schema import Recipe
 from compress.recipe.types import StageSpec
 from compress.runs.artefact import (
     MATTERS,
@@ -39,7 +42,7 @@ from compress.runs.artefact import (
     write_output,
 )
 from compress.runs.builds import check_planned
-from compress.runs.measure import Measurement, prompts_of, with_figures
+from compress.runs.measure import Measurement, answers, prompts_of, read_windows, with_figures
 from compress.runs.plan import RunPlan, other_models, plan_run
 from compress.stages import KINDS
 from compress.stages.contract import Result
@@ -140,7 +143,8 @@ class _Job:
     models: dict[str, Path]
     planned: RunPlan
     context: Context
-    windows: TokenSet | None
+    windows: list[TokenSet]
+    engine: Engine | str | None
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class _Job:
         self.started = time.monotonic()
         self.layers: list[int] | None = None  # of the base, that the last stage's result has
         self.made: list[StageArtefact] = []
+        self.scores: Scores | None = None
 
     @contextmanager
     def in_its_place(self) -> Iterator[None]:
@@ -210,16 +215,26 @@ class _Job:
         base = self.base = self.planned.base
         for line in self.planned.warnings:
             self.reporter.warn(line)
+        self.engine = None if recipe.serve is None or distributed.rank() else find_engine(recipe.serve.python)
+        if isinstance(self.engine, str):  # now, not after hours
+            self.reporter.warn(f"serve: {self.engine}")
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
         self.context = self._context(tokenizer)
-        self.windows = None
-        if recipe.evaluate is not None and distributed.rank() == 0:
-            self.windows = self._windows(recipe.evaluate, tokenizer)
-        read = [each.tokens for each in (self.context.tokens, self.windows) if each is not None]
+        self.windows = []
+        if recipe.evaluate is not None and distributed.rank() == 0:  # a text that can't be used stops the run at once
+            self.windows = read_windows(recipe.evaluate, tokenizer, self.planned.windows, self.reporter)
+        read = [each.tokens for each in (self.context.tokens, *self.windows) if each is not None]
         check_vocabulary(base, max(int(tokens.max()) for tokens in [self.context.probe, *read]))
         self.base_id = distributed.first(lambda: identity(base, self.work))
         prompts = prompts_of(recipe.evaluate) if self.planned.stages[-1].generates else []
         check_base(base, self.base_id, self.context, self.cache, prompts, self.fresh)
+        if recipe.evaluate is not None and recipe.evaluate.tasks is not None:
+            self.scores = distributed.first(self._base_scores)
+
+    def _base_scores(self) -> Scores:
+        spec, stock = self.recipe.evaluate, self.planned.stages[-1].generates
+        assert spec is not None
+        return base_scores(self.base, self.base_id, spec, self.context, answers(self.cache), self.fresh, stock)
 
     def loader_ahead(self) -> AbstractContextManager[None]:
         """Beside a GPU the processor has time to get the stock loader ready."""
@@ -296,10 +311,14 @@ class _Job:
         measured = [self._measurement(artefact) for artefact in self.made]
         result = measured[-1].result
         with measured[-1].opening(self.recipe.evaluate) as opened:
-            qualities = [each.quality(self.windows) for each in measured]
+            headline = [each.quality(text) for text in self.windows[:1] for each in measured]
+            further = [measured[-1].quality(text) for text in self.windows[1:]]
             found = opened(self.made[-1].logits())
-        quality = qualities[-1]
-        speed, speed_note = measured[-1].speed() if self.windows is not None else (None, None)
+        qualities: list[records.Quality | None] = [*headline] or [None] * len(measured)
+        if self.scores is not None and self.recipe.evaluate is not None and qualities[-1] is not None:
+            qualities[-1] = measured[-1].with_tasks(qualities[-1], self.recipe.evaluate, self.scores)
+        speed, speed_note = measured[-1].speed() if self.windows else (None, None)
+        served = None if self.engine is None else measured[-1].served(self.engine)
         stages = [with_figures(*each) for each in zip(stages, measured, qualities, self.planned.stages, strict=True)]
         parameters = parameter_count(shapes)
         compressed = records.Compressed(
@@ -312,10 +331,11 @@ class _Job:
             base=records.Base(
                 model=self.recipe.model, bytes=base.bytes, parameters=parameter_count(base), fingerprint=self.base_id
             ),
-            compressed=compressed, size_ratio=base.bytes / result.bytes, quality=quality, stages=stages,
+            compressed=compressed, size_ratio=base.bytes / result.bytes, quality=qualities[-1], further=further,
+            stages=stages,
             calibration=_calibration(self.context.tokens), generations=found.generations, generations_note=found.note,
             verified=found.verified, speed=speed, speed_note=speed_note, machine=machine(self.context.device),
-            versions=versions(), warnings=self.reporter.warnings,
+            served=served, versions=versions(), warnings=self.reporter.warnings,
         )  # fmt: skip
 
     def _measurement(self, artefact: StageArtefact) -> Measurement:
@@ -360,13 +380,6 @@ class _Job:
             self.reporter.warn(warning)
         self.reporter.say(f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}")
         return tokens
-
-    def _windows(self, spec: EvaluateSpec, tokenizer: "PreTrainedTokenizerBase") -> TokenSet:
-        """The evaluation's windows, read before the first stage: a text that can't be used stops the run at once."""
-        windows = load_windows(spec.text, tokenizer, sequence_length=self.planned.windows, windows=spec.windows)
-        for warning in windows.warnings:
-            self.reporter.warn(warning)
-        return windows
 
 
 def _calibration(tokens: TokenSet | None) -> records.Calibration | None:

@@ -1,10 +1,12 @@
 """What stands alone beside `run`: evaluate, verify, inspect a checkpoint."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import ModelError
+from compress.errors import ModelError, RecipeError, UserError
+from compress.evaluation.tasks.names import task_problems
 from compress.model.arch import check_code, depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.identity import identity
@@ -12,12 +14,15 @@ from compress.model.shapes import check_length, check_vocabulary, model_dtype
 from compress.model.source import resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.lengths import fitting_length
+from compress.recipe.schema import EvaluateSpec
 from compress.records import Quality, read_record
 from compress.system.files import make_writable, writing
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
+    from compress.data.calibration import TokenSet
     from compress.evaluation.verify import Check
+    from compress.loop.context import Context
     from compress.quant.grid import FakeQuantize, Grid
 
 
@@ -28,12 +33,17 @@ def evaluate(
     text: str = "wikitext2",
     sequence_length: int | None = None,
     windows: int | None = 64,
+    tasks: Sequence[str] | None = None,
+    task_files: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat: bool = False,
     device: str = "auto",
     work_dir: str | Path = ".dscompress",
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Quality:
-    """Compare a checkpoint with its original on a text: perplexity, KL divergence, agreement.
+    """Compare a checkpoint with its original on a text, and in tasks: perplexity, KL divergence, agreement, scores.
 
     Args:
         base: a folder, hub id or GGUF file.
@@ -41,45 +51,98 @@ def evaluate(
         text: a text or jsonl file, or a bundled text.
         sequence_length: tokens per window; None is 2048, or as many as the base has positions.
         windows: how many; None takes the whole text.
+        tasks: benchmark tasks or groups of lm-eval that both models do; None is none.
+        task_files: folder of task files of yours, which go before lm-eval's own.
+        limit: items of each task; None takes all.
+        fewshot: examples before each item; None takes each task's own number.
+        chat: word the prompts of tasks by the model's chat template.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         work_dir: where what the base gives is kept, for the next comparison.
         trust_remote_code: let code that comes with the models run.
         reporter: told what happens; None says it on standard error.
 
     Raises:
-        UserError: a model or text that can't be used, or two models with different vocabularies.
+        UserError: a model, a text or a task that can't be used, or two models with different vocabularies.
     """
     import torch
 
-    from compress.data.calibration import load_windows
-    from compress.evaluation.base import check_base
-    from compress.evaluation.compare import compare
     from compress.evaluation.verify import probe_tokens
-    from compress.formats.dequantized import DequantizedCheckpoint
     from compress.loop.context import Context
     from compress.system.compute import pick_device, pick_dtype
 
+    spec = _tasks(tasks, task_files, limit, fewshot, chat)
     reporter, work = reporter or Reporter(), Path(work_dir).absolute()
     original = Checkpoint(resolve_model(str(base), None, work, reporter.say))
-    views = DequantizedCheckpoint(original), DequantizedCheckpoint(_candidate(candidate, original, trust_remote_code))
+    result = _candidate(candidate, original, trust_remote_code)
     check_code(original.config, str(base), trust_remote_code)
     sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
-    place, tokenizer = pick_device(device), load_tokenizer(original.folder, trust_remote_code)
-    tokens = load_windows(text, tokenizer, sequence_length=sequence_length, windows=windows)
+    place, tokens = pick_device(device), _windows(original, text, sequence_length, windows, trust_remote_code)
     for warning in tokens.warnings:
         reporter.warn(warning)
-    check_vocabulary(original, int(tokens.tokens.max()))
     dtype = pick_dtype(place, torch.float16 if model_dtype(original) == "F16" else torch.bfloat16)
     probe = probe_tokens(original.folder, trust_remote_code)[None]
-    context = Context(place, dtype, None, probe, reporter, trust_remote_code)
+    return _compare(
+        original, result, tokens, spec, Context(place, dtype, None, probe, reporter, trust_remote_code), work
+    )
+
+
+def _windows(
+    base: Checkpoint, text: str, sequence_length: int, windows: int | None, trust_remote_code: bool
+) -> "TokenSet":
+    """The text in windows of tokens that the base knows."""
+    from compress.data.calibration import load_windows
+
+    tokenizer = load_tokenizer(base.folder, trust_remote_code)
+    tokens = load_windows(text, tokenizer, sequence_length=sequence_length, windows=windows)
+    check_vocabulary(base, int(tokens.tokens.max()))
+    return tokens
+
+
+def _compare(
+    original: Checkpoint,
+    result: Checkpoint,
+    tokens: "TokenSet",
+    spec: EvaluateSpec | None,
+    context: "Context",
+    work: Path,
+) -> Quality:
+    """Both on a text, and in the tasks of `spec`, where there is one."""
+    from compress.evaluation.base import check_base
+    from compress.evaluation.compare import compare
+    from compress.evaluation.tasks.compared import base_scores, task_records
+    from compress.formats.dequantized import DequantizedCheckpoint
+
     make_writable(work)
-    base_id = identity(original, work)
+    base_id, answers = identity(original, work), work / "answers"
+    views = DequantizedCheckpoint(original), DequantizedCheckpoint(result)
     with writing(work):
         if not original.config.get("quantization_config"):
             check_base(original, base_id, context, work / "evaluations")
-        quality = compare(*views, tokens, context, work / "evaluations", base_id)
-    return Quality.model_validate(quality)
+        before = None if spec is None else base_scores(original, base_id, spec, context, answers, False)
+        quality = Quality.model_validate(compare(*views, tokens, context, work / "evaluations", base_id))
+        if spec is None or before is None:
+            return quality
+        key = identity(result, work)
+        found, decision = task_records(original, base_id, before, result, key, spec, context, answers, False)
+        return quality.model_copy(update={"tasks": found, "task_decision": decision})
+
+
+def _tasks(
+    names: Sequence[str] | None, files: str | Path | None, limit: int | None, fewshot: int | None, chat: bool
+) -> EvaluateSpec | None:
+    """What tasks both models do, if it can be done."""
+    if names is None:
+        if files is not None or limit is not None or fewshot is not None or chat:
+            raise UserError("--task-files, --limit, --fewshot and --chat are for tasks; name some with --tasks")
+        return None
+    folder = None if files is None else Path(files).absolute()
+    problems = task_problems(list(names), folder, "--tasks")
+    if problems:
+        raise RecipeError(problems)
+    return EvaluateSpec(
+        tasks=list(names), task_files=None if folder is None else str(folder), limit=limit, fewshot=fewshot, chat=chat
+    )
 
 
 def _candidate(folder: str | Path, base: Checkpoint, trust_remote_code: bool) -> Checkpoint:
@@ -92,22 +155,27 @@ def _candidate(folder: str | Path, base: Checkpoint, trust_remote_code: bool) ->
     return found
 
 
-def verify(checkpoint: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> "list[Check]":
+def verify(
+    checkpoint: str | Path, *, device: str = "auto", trust_remote_code: bool = False, serve: str | None = None
+) -> "list[Check]":
     """Check that a checkpoint opens and says what it should, in the precision of its record.
 
     Args:
         checkpoint: its folder.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         trust_remote_code: let code that comes with the model run.
+        serve: the Python of an environment whose vLLM opens it too, or "auto"; None asks no vLLM.
 
     Returns:
-        What was looked at: its files, the record of what was computed, the stock loader.
+        What was looked at: its files, the record of what was computed, the stock loader, vLLM.
 
     Raises:
         ModelError: a damaged folder.
+        UserError: no vLLM there.
     """
     import torch
 
+    from compress.evaluation.served import check_served, find_engine
     from compress.evaluation.verify import verify_checkpoint
     from compress.system.compute import pick_device, pick_dtype
 
@@ -116,7 +184,11 @@ def verify(checkpoint: str | Path, *, device: str = "auto", trust_remote_code: b
     place = pick_device(device)
     record = read_record(folder)
     dtype = getattr(torch, record.probe.dtype) if record else pick_dtype(place, torch.bfloat16)
-    return verify_checkpoint(folder, place, dtype, trust_remote_code)
+    engine = None if serve is None else find_engine(None if serve == "auto" else serve)
+    if isinstance(engine, str):
+        raise UserError(f"--serve {serve}: {engine}")
+    checks = verify_checkpoint(folder, place, dtype, trust_remote_code)
+    return checks if engine is None else [*checks, check_served(folder, engine, place, dtype, trust_remote_code)]
 
 
 def inspect(checkpoint: str | Path) -> list[str]:

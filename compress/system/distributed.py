@@ -82,8 +82,7 @@ def join(device: str) -> str:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # a launcher that is killed leaves none behind
+    end_with_parent()
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
     threads = torch.get_num_threads()
     host = os.environ.get("GROUP_RANK", "0")  # launchers' number; a name may be that of two
@@ -117,6 +116,12 @@ def leave() -> bool:
         os.environ.pop(name, None)  # what this process starts from here on is alone
     _joined = None
     return rank == 0
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does: one that is killed leaves none behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def alone() -> dict[str, str]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from compress.formats.openers import refusals
+from compress.formats.openers import per_head_cache, refusals
 from compress.stages.quantize.plan import Matrix
 
 KINDS = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
@@ -92,6 +92,14 @@ def test_phi3_in_gptq() -> None:
     assert said("gptq", WEIGHTS, "phi3") == [
         "stages.0.format: GPTQModel does not open phi3 in format gptq; vLLM does (elsewhere, use format: "
         "compressed-tensors)"
+    ]
+
+
+def test_a_cache_with_scales_per_head() -> None:
+    """As tests/clients saw: vLLM 0.32 on a CPU opens it, and its log-probabilities are others."""
+    assert per_head_cache("stages.0") == [
+        "stages.0.kv_cache: vLLM's CPU build opens a checkpoint with fp8_per_head and is further off than rounding "
+        "explains; vLLM takes scales per head with Flash Attention only (for any other, use kv_cache: fp8)"
     ]
 
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from compress.errors import OutputError
 from compress.records import Report
 from compress.report import figures
+from compress.report.serving import ways
 from compress.report.write import speed_words, summary_table, write_model_card, write_report
 
 KINDS = {"q": [64, 64], "k": [32, 64], "v": [32, 64], "o": [64, 64], "gate": [96, 64], "up": [96, 64], "down": [64, 96]}
@@ -63,10 +64,14 @@ def _record(layers: int = 3) -> dict[str, Any]:
             "kl": {"mean": 0.08312, "ci95": [0.07941, 0.08678], "p99": 0.7123},
             "top1_agreement": {"mean": 0.8621, "ci95": [0.8574, 0.8666]},
             "tasks": {},
+            "task_decision": None,
             "kl_per_window": [0.08, 0.07, 0.09, 0.0925],
+            "worst": [],
             "dtype": "float32",
             "protocol": "4 windows of 512 tokens from wikitext2, without overlap.",
         },
+        "further": [],
+        "served": None,
         "stages": [
             {
                 "kind": "quantize", "seconds": 71.2, "peak_memory_bytes": 1_312_000_000, "peak_gpu_memory_bytes": None,
@@ -401,16 +406,20 @@ def test_a_folder_that_reads_like_a_hub_id_is_local(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
-    [({"format": "gptq"}, "optimum gptqmodel"), ({"format": None}, "pip install transformers\n")],
+    ("change", "expected", "served"),
+    [
+        ({"format": "gptq"}, "optimum gptqmodel", True),
+        ({"format": "torchao"}, "pip install transformers torchao\n", False),
+        ({"format": None}, "pip install transformers\n", True),
+    ],
 )
 def test_the_model_card_of_other_formats_names_what_opens_them(
-    change: dict[str, Any], expected: str, tmp_path: Path
+    change: dict[str, Any], expected: str, served: bool, tmp_path: Path
 ) -> None:
     record = _record()
     record["compressed"] |= change
     card = _written(record, tmp_path)[3]
-    assert expected in card and "vllm" not in card
+    assert expected in card and ("vllm serve path/to/tiny" in card) == served
 
 
 @pytest.mark.parametrize(("spec", "opens"), [({"lm_head": True}, True), ({"embeddings": True}, False)])
@@ -471,3 +480,56 @@ def test_what_8_bits_became_is_said_with_the_error_of_the_other_choice(tmp_path:
     assert "int8 static (dynamic 0.5 %)" in html and "int8 static (dynamic 0.5 %)" in md
     assert "A quantization of weights and activations to INT8 (static or dynamic activation scales) of" in card
     assert "- int8\n" in card
+
+
+@pytest.mark.parametrize(
+    ("format", "bits", "spec", "names", "note"),
+    [
+        ("compressed-tensors", 4, {}, ["vLLM", "transformers"], ""),
+        ("compressed-tensors", 8, {}, ["vLLM", "transformers"], "on a GPU"),
+        ("compressed-tensors", 3, {}, ["transformers"], None),
+        ("gptq", 4, {"symmetric": True}, ["vLLM", "ONNX Runtime GenAI", "transformers"], ""),
+        ("gptq", 4, {"symmetric": False}, ["ONNX Runtime GenAI", "transformers"], None),
+        ("gptq", 4, {"ignore": ["*.down_proj"]}, ["vLLM", "transformers"], ""),
+        ("gptq", 3, {}, ["vLLM", "transformers"], "on a GPU"),
+        ("torchao", 4, {}, ["transformers"], None),
+        (None, 4, {}, ["vLLM", "transformers"], ""),
+    ],
+)
+def test_the_report_names_the_programs_that_open_the_checkpoint(
+    format: str | None, bits: int, spec: dict[str, Any], names: list[str], note: str | None, tmp_path: Path
+) -> None:
+    """As the README's table has them."""
+    record = _record()
+    record["compressed"]["format"] = format
+    record["stages"][0]["spec"] |= spec
+    for layer in record["stages"][0]["layers"]:
+        for module in layer["modules"]:
+            module |= {"bits": bits, "group_size": 64}
+    found = ways(Report.model_validate(record))
+    assert [way.name for way in found] == names
+    assert next((way.note for way in found if way.name == "vLLM"), None) == note
+    _, html, markdown, _ = _written(record, tmp_path)
+    for page in (html, markdown):
+        assert all(way.command.splitlines()[0] in page for way in found)
+
+
+def test_a_checkpoint_that_failed_verification_is_not_to_be_served(tmp_path: Path) -> None:
+    record = _record()
+    record["verified"] |= {"passed": False}
+    assert all("How to serve it" not in page for page in _written(record, tmp_path))
+
+
+def test_every_marker_of_the_layers_and_windows_says_what_it_is(tmp_path: Path) -> None:
+    record = _record(layers=5)
+    html = _written(record, tmp_path)[1]
+    titles = re.findall(r"<use [^>]*><title>([^<]*)</title></use>", html)
+    layers = [title for title in titles if title.startswith("layer ")]
+    assert len(layers) == len(set(layers)) == 5 * len(KINDS)
+    for layer in record["stages"][0]["layers"]:
+        for module in layer["modules"]:
+            kind = module["name"].rpartition(".")[2].removesuffix("_proj")
+            assert f"layer {layer['layer']}, {kind}: {figures.percent(module['error'])}" in layers
+    assert [title for title in titles if title.startswith("window ")] == [
+        f"window {n}: {figures.number(kl)}" for n, kl in enumerate(record["quality"]["kl_per_window"])
+    ]

@@ -110,6 +110,14 @@ def test_other_programs_that_do_not_open_the_result(folder: Path) -> None:
         assert (result.exit_code, result.stderr) == (0, f"warning: {line}\n")
 
 
+def test_a_cache_that_vllm_may_read_otherwise(folder: Path) -> None:
+    (line,) = found_in_model(folder, method="dynamic", dtype="fp8", kv_cache="fp8_per_head")
+    assert line.startswith(
+        "stages.0.kv_cache: vLLM's CPU build opens a checkpoint with fp8_per_head and is further off"
+    )
+    assert found_in_model(folder, method="dynamic", dtype="fp8", kv_cache="fp8") == []
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_linears_that_vllm_joins_in_two_schemes(folder: Path, format: str) -> None:
     (line,) = joined(folder, format=format, overrides={"*.v_proj": {"bits": 8}}, group_size=32)

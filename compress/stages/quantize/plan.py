@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from compress.errors import RecipeError
 from compress.formats.facts import FACTS, bytes_on_disk
-from compress.formats.openers import gptq_head, refusals
+from compress.formats.openers import gptq_head, per_head_cache, refusals
 from compress.model.arch import width_of
 from compress.model.checkpoint import TensorInfo
 from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, model_dtype, parameter_count
@@ -55,6 +55,8 @@ def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, s
     ]
     modules, kind = find_modules(shapes), str(shapes.config.get("model_type"))
     warnings += refusals(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
+    if isinstance(spec, WeightActivationStage) and spec.kv_cache == "fp8_per_head":
+        warnings += per_head_cache(where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
     after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
     return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=FACTS[spec.layout].stock is None)
