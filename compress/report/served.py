@@ -46,6 +46,8 @@ def served_line(report: Report) -> str:
     line = f"{_engine(served)} {verb}: prompt and continuation differ by {means} nats"
     if served.speed is None:
         return line
+    if served.speed.busy:
+        return f"{line}; its speed says little, for the machine was busy with other work"
     paces = served.speed.compressed, served.speed.base
     return f"{line}; {' tokens/s, base '.join(_rate(pace.decode_tokens_per_second) for pace in paces)}"
 

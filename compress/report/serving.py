@@ -59,6 +59,8 @@ def ways(report: Report) -> list[Way]:
 
 def _vllm(report: Report) -> str | None:
     """What to know before vLLM opens it; None where it does not."""
+    if report.served is not None and not report.served.passed:  # it was asked
+        return None
     stage, name = figures.quantized_stage(report), report.compressed.format
     if stage is None or name is None:
         return "" if name is None else None

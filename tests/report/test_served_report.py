@@ -88,6 +88,17 @@ def test_what_else_may_be_said(tmp_path: Path, change: dict[str, Any], words: st
     assert words in md and words in html
 
 
+def test_speeds_of_a_busy_machine_are_not_in_the_line() -> None:
+    busy = OPENED | {"speed": SPEED | {"base": PACE | {"waited": 0.3}}}
+    assert served_line(report(busy)).endswith(" nats; its speed says little, for the machine was busy with other work")
+
+
 def test_nothing_without_serve(tmp_path: Path) -> None:
     md, html = written(None, tmp_path)
     assert "As served" not in md + html and served_line(report(None)) == ""
+
+
+def test_a_command_that_vllm_has_just_refused_is_not_recommended(tmp_path: Path) -> None:
+    for name, served, there in (("opened", OPENED, True), ("refused", REFUSED, False), ("unasked", None, True)):
+        (tmp_path / name).mkdir()
+        assert all(("vllm serve" in text) == there for text in written(served, tmp_path / name)), name

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 FILE = ROOT / "tests" / "clients" / "vllm.json"
 README = ROOT / "README.md"
 MARKS = "<!-- made by tests/support/vllm_table.py -->", "<!-- end of what it made -->"
+_QUOTED = 80  # characters of what vLLM says
 TINY, REAL = "tiny-wiki-llama", "SmolLM2-135M-Instruct"
 MODELS = {
     TINY: str(ROOT / "tests" / "models" / TINY),
@@ -111,29 +112,37 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         f"| {name.partition(' (`gptq`)')[0]} | {' | '.join(_cells(row))} |" for name, row in found["formats"].items()
     ]
-    lines += ["", f"| {REAL}, {found['threads']} threads | prefill, tokens/s | decode, tokens/s | loaded | peak |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for name, row in found["timed"].items():
-        pace = row["speed"]["compressed"]
-        figures = f"{pace['prefill_tokens_per_second']:,.0f} | {pace['decode_tokens_per_second']:.1f}"
-        figures = "– | –" if busy(row) else figures
-        memory = " | ".join(f"{pace[key] / 1e9:.2f} GB" for key in ("loaded_bytes", "peak_bytes"))
-        lines.append(f"| {name} | {figures} | {memory} |")
-    if any(busy(row) for row in found["timed"].values()):
-        lines += ["", "A dash: the machine was busy with other work while it was measured."]
+    quiet = {name: speed for name, row in found["timed"].items() if not busy(speed := of_row(row))}
+    if quiet:
+        where = f"{found['cpu']}, {found['threads']} threads"
+        lines += ["", f"| {REAL} in {what}: base in bfloat16, result | prefill, tokens/s | decode, tokens/s |"]
+        lines += ["| --- | --- | --- |", *(f"| {name} | {_paces(speed)} |" for name, speed in quiet.items())]
+        lines += ["", f"On {where}. Left out are measurements that other work on the machine spoilt."]
     return "\n".join(lines)
 
 
-def busy(row: dict[str, Any]) -> bool:
-    """Whether the speeds of a row say little."""
-    return ServedSpeed.model_validate(row["speed"]).compressed.waited > 0.1
+def of_row(row: dict[str, Any]) -> ServedSpeed:
+    """What was timed."""
+    return ServedSpeed.model_validate(row["speed"])
+
+
+def busy(speed: ServedSpeed) -> bool:
+    """Whether speeds are too far off for a table."""
+    return max(speed.base.waited, speed.compressed.waited) > 0.1
+
+
+def _paces(speed: ServedSpeed) -> str:
+    base, result = speed.base, speed.compressed
+    prefill = f"{base.prefill_tokens_per_second:,.0f}, {result.prefill_tokens_per_second:,.0f}"
+    return f"{prefill} | {base.decode_tokens_per_second:.1f}, {result.decode_tokens_per_second:.1f}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """Who opens it and computes the same, and how far vLLM's log-probabilities are off, in nats."""
     stock = "yes" if row["transformers"] else "not asked"
     if not row["opened"]:
-        return [stock, "does not open it", "", ""]
+        words = row["note"].replace("`", "").replace("|", "")
+        return [stock, f"no: `{words[:_QUOTED].strip()} ...`" if words[_QUOTED:] else f"no: `{words}`", "", ""]
     verdict = "yes" if row["passed"] else "opens it, further off than rounding explains"
     apart = [row["prompt"], row["continuation"]]
     return [stock, verdict, *(f"{each['mean']:.3f}, {each['max']:.2f}; {each['rounding']:.3f}" for each in apart)]
