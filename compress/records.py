@@ -8,23 +8,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from compress.record_types import Count, Typed
 from compress.served_records import Served
 from compress.task_records import Task, TaskDecision
 
 RECORD = "dscompress.json"
 
 Interval = tuple[float, float]
-Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Base(_Typed):
+class Base(Typed):
     """The model before: where it came from and its safetensors bytes (or the bytes that they would be)."""
 
     model: str
@@ -33,7 +29,7 @@ class Base(_Typed):
     fingerprint: str | None = None
 
 
-class Compressed(_Typed):
+class Compressed(Typed):
     """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included."""
 
     path: str
@@ -44,7 +40,7 @@ class Compressed(_Typed):
     format: str | None = None
 
 
-class Perplexity(_Typed):
+class Perplexity(Typed):
     """Perplexity of both models on the same tokens; never compare two protocols. `tokens` counts the predicted ones."""
 
     base: float
@@ -55,7 +51,7 @@ class Perplexity(_Typed):
     tokens: Count
 
 
-class Divergence(_Typed):
+class Divergence(Typed):
     """KL(base || compressed), nats per token: mean with its 95 % interval (None for one window), 99th percentile."""
 
     mean: float
@@ -63,14 +59,14 @@ class Divergence(_Typed):
     p99: float
 
 
-class Agreement(_Typed):
+class Agreement(Typed):
     """Share of positions, 0 to 1, at which both models rank the same token first."""
 
     mean: float
     ci95: Interval | None
 
 
-class Place(_Typed):
+class Place(Typed):
     """A place of the text: what stood before it, what came, and the likeliest tokens of both with their probabilities.
 
     `position` is that of the token that came, in its window.
@@ -85,7 +81,7 @@ class Place(_Typed):
     compressed: list[tuple[str, float]]
 
 
-class Quality(_Typed):
+class Quality(Typed):
     """What compression cost, and how that was measured (`protocol`, in words)."""
 
     perplexity: Perplexity
@@ -99,7 +95,7 @@ class Quality(_Typed):
     protocol: str | None = None
 
 
-class Module(_Typed):
+class Module(Typed):
     """One quantized matrix of shape [O, I].
 
     `error` is the relative output error ||(W - W^) X||^2 / ||W X||^2 on the calibration inputs (None without
@@ -124,7 +120,7 @@ class Module(_Typed):
     smooth: float | None = None
 
 
-class PrunedModule(_Typed):
+class PrunedModule(Typed):
     """One linear of a pruned layer, solved anew: [O, I] is its shape now, `before` what it was.
 
     `error` is |W' X - T|^2 / |T|^2, where T is what the original model's linear puts out with the drift of what comes
@@ -142,7 +138,7 @@ class PrunedModule(_Typed):
     layer_error_trained: float | None = None
 
 
-class SparseModule(_Typed):
+class SparseModule(Typed):
     """One matrix of shape [O, I] in which single weights were set to zero; `error` is as for `Module`."""
 
     name: str
@@ -154,7 +150,7 @@ class SparseModule(_Typed):
 AnyModule: TypeAlias = Module | PrunedModule | SparseModule
 
 
-class Pruned(_Typed):
+class Pruned(Typed):
     """What structured pruning removed: sizes by config.json's names, parameters, and which layers (numbers before).
 
     `calibration_kl` is the divergence from the parent on calibration text, nats per token; `tried` has it for every
@@ -172,7 +168,7 @@ class Pruned(_Typed):
     tried: dict[str, float] = {}
 
 
-class TrainedText(_Typed):
+class TrainedText(Typed):
     """A text that was trained on: `tokens` of it are different ones, `passes` is how often they were gone through."""
 
     name: str
@@ -181,7 +177,7 @@ class TrainedText(_Typed):
     passes: float
 
 
-class Trained(_Typed):
+class Trained(Typed):
     """What training did.
 
     `loss` says what was minimised ("kl", "kl + 0.1 ce"), `losses` and `held_out` are (step, mean loss) pairs: of the
@@ -214,7 +210,7 @@ class Trained(_Typed):
     zeros_kept: Count = 0
 
 
-class Layer(_Typed):
+class Layer(Typed):
     """One decoder layer; `layer` is None for what lies outside of the layers (head, embeddings)."""
 
     layer: int | None
@@ -222,7 +218,7 @@ class Layer(_Typed):
     modules: list[AnyModule] = []
 
 
-class Stage(_Typed):
+class Stage(Typed):
     """One stage as it ran: its spec, cost and layers. `cached`: taken from an earlier run, whose cost it states.
 
     `format` is that of the checkpoint it wrote (None for a dense one), `quantized_bits_per_weight` counts the quantized
@@ -250,7 +246,7 @@ class Stage(_Typed):
     quantized_bits_per_weight: float | None = None
 
 
-class Calibration(_Typed):
+class Calibration(Typed):
     """The calibration text that was used."""
 
     name: str | None
@@ -262,7 +258,7 @@ class Calibration(_Typed):
     sha256: str | None = None
 
 
-class Generation(_Typed):
+class Generation(Typed):
     """Greedy continuations of one prompt."""
 
     prompt: str
@@ -270,7 +266,7 @@ class Generation(_Typed):
     compressed: str
 
 
-class Verified(_Typed):
+class Verified(Typed):
     """The written checkpoint opened again by `loader` and compared with what was computed."""
 
     loader: str
@@ -280,7 +276,7 @@ class Verified(_Typed):
     note: str | None = None
 
 
-class Pace(_Typed):
+class Pace(Typed):
     """A checkpoint opened by the stock loader in a process of its own: medians. Memory is what is resident, all told.
 
     `prefill` is one pass over the prompt, `decode` greedy, token by token, with the cache that the prompt left.
@@ -295,7 +291,7 @@ class Pace(_Typed):
     waited: Annotated[float, Field(ge=0)]
 
 
-class Speed(_Typed):
+class Speed(Typed):
     """Base in bf16 and result on one CPU, by turns, `rounds` times. `cpu_flags`: its instructions for small numbers."""
 
     cpu: str
@@ -313,7 +309,7 @@ class Speed(_Typed):
         return max(self.base.waited, self.compressed.waited) > 0.05
 
 
-class Machine(_Typed):
+class Machine(Typed):
     """Where it ran."""
 
     cpu: str
@@ -322,7 +318,7 @@ class Machine(_Typed):
     gpu: str | None = None
 
 
-class Report(_Typed):
+class Report(Typed):
     """`report.json`. `size_ratio` is base bytes / compressed bytes; `created` is ISO 8601; `seconds` the whole run.
 
     `quality` is on the first text of the evaluation, `further` on the others.
@@ -350,7 +346,7 @@ class Report(_Typed):
     warnings: list[str] = []
 
 
-class Probe(_Typed):
+class Probe(Typed):
     """What the model in memory said to a few tokens, so that the checkpoint can be asked the same anywhere.
 
     Args:
@@ -366,7 +362,7 @@ class Probe(_Typed):
     dtype: str
 
 
-class Record(_Typed):
+class Record(Typed):
     """dscompress.json: how a checkpoint came to be; `files` has the SHA-256 of each of its other files, by name."""
 
     fingerprint: str

@@ -2,17 +2,14 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=0)]
+from compress.record_types import Count, Typed
+
 _Rate = Annotated[float, Field(gt=0)]
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Apart(_Typed):
+class Apart(Typed):
     """How far log-probabilities of `tokens` tokens are from our reader's in float32, nats.
 
     `rounding` is how far our reader in the engine's own precision is from it, on average; `mean` may be `tolerance`.
@@ -30,7 +27,7 @@ class Apart(_Typed):
         return self.mean <= self.tolerance
 
 
-class ServedPace(_Typed):
+class ServedPace(Typed):
     """Medians of one sequence at a time. Bytes are the process's, or the GPU's, with a cache of `cache_bytes`.
 
     `waited` is the share of its time that a thread stood ready while something else had the core.
@@ -43,7 +40,7 @@ class ServedPace(_Typed):
     waited: Annotated[float, Field(ge=0)]
 
 
-class ServedSpeed(_Typed):
+class ServedSpeed(Typed):
     """Base and result, one after the other, `rounds` times each behind a round to warm up."""
 
     prompt_tokens: Count
@@ -60,7 +57,7 @@ class ServedSpeed(_Typed):
         return max(self.base.waited, self.compressed.waited) > 0.05
 
 
-class Served(_Typed):
+class Served(Typed):
     """The finished checkpoint in a real engine, beside our reader.
 
     `opened` is False where the engine is missing or refuses, and `note` says why, in the engine's own words where it

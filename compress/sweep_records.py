@@ -5,17 +5,15 @@ Figures go by the names of `compress.report.frontier`; one that is not there was
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from compress.record_types import Typed
 
 SWEEP = "sweep.json"
 Status = Literal["waiting", "running", "done", "failed"]
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Point(_Typed):
+class Point(Typed):
     """One recipe of a sweep.
 
     `settings` are the values that make it this point, by their paths in the recipe. `key` is a digest of the recipe,
@@ -38,7 +36,7 @@ class Point(_Typed):
     kept: bool = True
 
 
-class Searched(_Typed):
+class Searched(Typed):
     """What a search looked for, and found: `best` is a point's name, `note` how it ended, in words."""
 
     over: str
@@ -48,7 +46,7 @@ class Searched(_Typed):
     note: str = ""
 
 
-class Sweep(_Typed):
+class Sweep(Typed):
     """`sweep.json`. `axes` are the paths that differ between points; `base` has the figures of the model itself."""
 
     name: str

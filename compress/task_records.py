@@ -3,19 +3,14 @@
 Differences are compressed - base, shares of one.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from compress.record_types import Count, Typed
 
 Verdict = Literal["worse", "better", "no difference shown"]
-_Count = Annotated[int, Field(ge=0)]
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Task(_Typed):
+class Task(Typed):
     """One benchmark on the same items by both models.
 
     `delta` is the difference of the scores, with its paired 95 % interval and the p-value of no difference (McNemar's
@@ -29,16 +24,16 @@ class Task(_Typed):
     delta: float
     ci95: tuple[float, float] | None
     p_value: float | None
-    n: _Count
+    n: Count
     metric: str | None = None
-    flips: tuple[_Count, _Count] | None = None
+    flips: tuple[Count, Count] | None = None
     smallest: float | None = None
     holm: float | None = None
-    fewshot: _Count | None = None
+    fewshot: Count | None = None
     version: str | None = None
 
 
-class TaskDecision(_Typed):
+class TaskDecision(Typed):
     """Whether the result is worse than its base, over all items of all tasks: one test, with error rate `level`.
 
     `delta` is over all items; `flips`, `smallest` as for a task. `method` and `protocol` say how, in words; `skipped`
@@ -46,11 +41,11 @@ class TaskDecision(_Typed):
     """
 
     verdict: Verdict
-    n: _Count
+    n: Count
     delta: float
     ci95: tuple[float, float]
     p_value: float
-    flips: tuple[_Count, _Count]
+    flips: tuple[Count, Count]
     smallest: float | None
     level: float
     method: str

@@ -17,6 +17,7 @@ LIGHT = (
     "compress.recipe",
     "compress.errors",
     "compress.records",
+    "compress.record_types",
     "compress.served_records",
     "compress.task_records",
     "compress.sweep_records",
@@ -39,6 +40,7 @@ LEVELS = (
     ("compress.system",),
     ("compress.errors", "compress.records", "compress.sweep_records"),
     ("compress.served_records", "compress.task_records"),
+    ("compress.record_types",),
 )
 EXCEPTIONS = {
     "compress.formats": ("compress.quant.grid",),  # the one definition of rounding

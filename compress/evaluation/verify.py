@@ -84,11 +84,14 @@ def opening(
         prompts: to continue in the same breath.
     """
     checkpoint = Checkpoint(folder)
+
+    def by_own(expected: Tensor, note: str) -> Verified:
+        logits = own_logits(checkpoint, tokens, device, dtype, trust_remote_code)
+        return _verdict(OWN, logits, expected, dtype, note)
+
     refusal = stock_refusal(checkpoint, device, dtype, max_memory)
     if refusal is not None:
-        yield lambda expected: Opened(
-            _by_own(checkpoint, tokens, expected, device, dtype, trust_remote_code, refusal), None
-        )
+        yield lambda expected: Opened(by_own(expected, refusal), None)
         return
     name = str(dtype).removeprefix("torch.")
     request = Request(str(folder), str(device), name, tokens.tolist(), list(prompts), trust_remote_code)
@@ -98,12 +101,11 @@ def opening(
         if answer.logits is not None:
             return Opened(_verdict(STOCK, answer.logits, expected, dtype, None), answer)
         if answer.short:
-            note = f"no room for the stock loader: {answer.failure}"
-            return Opened(_by_own(checkpoint, tokens, expected, device, dtype, trust_remote_code, note), answer)
-        tolerance = tolerance_of(expected, dtype)
+            return Opened(by_own(expected, f"no room for the stock loader: {answer.failure}"), answer)
         failed = Verified(
-            loader=STOCK, max_logit_difference=None, tolerance=tolerance, passed=False, note=answer.failure
-        )
+            loader=STOCK, max_logit_difference=None, tolerance=tolerance_of(expected, dtype), passed=False,
+            note=answer.failure,
+        )  # fmt: skip
         return Opened(failed, answer)
 
     beside = device.type == "cuda" and _BESIDE * stock_bytes(checkpoint, dtype) < available(device, max_memory)
@@ -111,19 +113,6 @@ def opening(
         if not beside:
             wait()
         yield judged
-
-
-def _by_own(
-    checkpoint: Checkpoint,
-    tokens: Tensor,
-    expected: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    note: str,
-) -> Verified:
-    logits = own_logits(checkpoint, tokens, device, dtype, trust_remote_code)
-    return _verdict(OWN, logits, expected, dtype, note)
 
 
 def _verdict(loader: str, logits: Tensor, expected: Tensor, dtype: torch.dtype, note: str | None) -> Verified:

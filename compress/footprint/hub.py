@@ -5,6 +5,7 @@ from pathlib import Path
 from compress.errors import ModelError
 from compress.footprint.subject import Headers, read_config
 from compress.model.checkpoint import TensorInfo
+from compress.model.source import hub_reason
 
 
 def fetch_headers(name: str) -> Headers:
@@ -19,33 +20,25 @@ def fetch_headers(name: str) -> Headers:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
         OfflineModeIsEnabled,
-        RepositoryNotFoundError,
         SafetensorsParsingError,
     )
 
     try:
         file = Path(hf_hub_download(name, "config.json"))
         found = get_safetensors_metadata(name)
-    except HFValidationError:
-        reason = "is neither a folder here nor a valid hub id; give an existing folder or org/name"
-    except GatedRepoError:
-        reason = "is gated; accept its licence on its hub page, then run `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "is neither a folder here nor a public hub model; check the spelling, or run `hf auth login`"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "can't be asked about, since the hub can't be reached; connect, or give a folder or a config.json"
     except EntryNotFoundError:
         reason = "has no config.json; give a transformers model"
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         reason = "has no safetensors whose headers can be read; give its config.json instead"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"could not be fetched ({str(error).splitlines()[0]}); try again"
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = hub_reason(error)
     else:
         tensors, total = {}, 0
         for path, header in found.files_metadata.items():

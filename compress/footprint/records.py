@@ -1,17 +1,9 @@
 """What `dscompress plan` says, as `--json` writes it. Sizes are bytes; None means that it can't be said, never zero."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
-
-Count = Annotated[int, Field(ge=0)]
+from compress.record_types import Count, Typed
 
 
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Subject(_Typed):
+class Subject(Typed):
     """The model. `told` says from what: headers (to the byte), gguf or config; `stored_bytes`: its weights there."""
 
     name: str
@@ -24,7 +16,7 @@ class Subject(_Typed):
     notes: tuple[str, ...]
 
 
-class Cache(_Typed):
+class Cache(Typed):
     """The KV cache of all sequences, in bf16 and in fp8.
 
     `shared_by`: over how many cards heads can be spread. With `latent`, one latent serves all heads (MLA), and each
@@ -40,7 +32,7 @@ class Cache(_Typed):
     expanded_bytes: Count | None
 
 
-class Loss(_Typed):
+class Loss(Typed):
     """KL divergence from the base in nats a token, measured on another model than this."""
 
     least: float
@@ -49,7 +41,7 @@ class Loss(_Typed):
     how: str
 
 
-class Row(_Typed):
+class Row(Typed):
     """A precision. What hangs on a card is None without one.
 
     `cards` is how many of each named card hold it; None: not eight, they can't share it, or what runs there unpacks it.
@@ -79,14 +71,14 @@ class Row(_Typed):
     problem: str | None = None
 
 
-class Training(_Typed):
+class Training(Typed):
     """Bytes of each GPU for one way of training, by the number of GPUs that share it (FSDP2)."""
 
     way: str
     bytes: dict[int, Count]
 
 
-class Card(_Typed):
+class Card(Typed):
     """What is planned for: a card, or memory alone. `keeps_codes`: whether what runs there keeps codes packed."""
 
     name: str
@@ -97,7 +89,7 @@ class Card(_Typed):
     keeps_codes: bool
 
 
-class Advice(_Typed):
+class Advice(Typed):
     """What to do: `precision` is None where nothing fits; `command` makes it: the bundled recipe with settings."""
 
     text: str
@@ -107,7 +99,7 @@ class Advice(_Typed):
     command: str | None = None
 
 
-class Footprint(_Typed):
+class Footprint(Typed):
     """All of it."""
 
     model: Subject

@@ -76,30 +76,39 @@ def in_package(reference: str) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
     )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        reason = "is neither a folder here nor a valid hub id; give an existing folder or org/name"
-    except GatedRepoError:
-        reason = "is gated; accept its licence on its hub page, then run `hf auth login`"
-    except RevisionNotFoundError:
-        reason = f"has no revision {revision!r}; give a branch, tag or commit that exists"
-    except RepositoryNotFoundError:
-        reason = "is neither a folder here nor a public hub model; check the spelling, or run `hf auth login`"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "is not in the local hub cache and the hub can't be reached; connect, or give a model folder"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"could not be fetched ({str(error).splitlines()[0]}); try again"
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = hub_reason(error, revision)
     raise ModelError(f"model: {name} {reason}")
+
+
+def hub_reason(error: Exception, revision: str | None = None) -> str:
+    """What an error of the hub says of a model, and the remedy."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return "is neither a folder here nor a valid hub id; give an existing folder or org/name"
+    if isinstance(error, GatedRepoError):
+        return "is gated; accept its licence on its hub page, then run `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {revision!r}; give a branch, tag or commit that exists"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is neither a folder here nor a public hub model; check the spelling, or run `hf auth login`"
+    return f"could not be fetched ({str(error).splitlines()[0]}); try again"
 
 
 def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:

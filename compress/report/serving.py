@@ -64,12 +64,13 @@ def _vllm(report: Report) -> str | None:
     stage, name = figures.quantized_stage(report), report.compressed.format
     if stage is None or name is None:
         return "" if name is None else None
-    spec, bits = stage.spec, {row.module.bits for row in figures.matrices(report)}
+    spec, modules = stage.spec, [row.module for row in figures.matrices(report)]
+    bits = {module.bits for module in modules}
     if name == "gptq":
         return None if spec.get("symmetric") is False else "" if bits == {4} else "on a GPU"
     if name != "compressed-tensors" or not bits <= VLLM_BITS or spec.get("embeddings"):
         return None
-    inputs = {row.module.inputs for row in figures.matrices(report)}
+    inputs = {module.inputs for module in modules}
     if inputs == {None}:
         return "on a GPU" if 8 in bits else ""
     return "on a GPU" if spec.get("dtype") == "fp8" and inputs != {"dynamic"} else ""
@@ -77,10 +78,7 @@ def _vllm(report: Report) -> str | None:
 
 def _onnx(report: Report) -> bool:
     """Whether ONNX Runtime GenAI's builder takes it as it is."""
-    stage, spec = figures.quantized_stage(report), {}
-    if stage is None or report.compressed.format != "gptq":
+    stage, modules = figures.quantized_stage(report), [row.module for row in figures.matrices(report)]
+    if stage is None or report.compressed.format != "gptq" or stage.spec.get("ignore") or stage.spec.get("lm_head"):
         return False
-    spec = stage.spec
-    bits = {row.module.bits for row in figures.matrices(report)}
-    groups = {row.module.group_size for row in figures.matrices(report)}
-    return bits <= {2, 4, 8} and groups <= {64, 128} and not spec.get("ignore") and not spec.get("lm_head")
+    return all(module.bits in (2, 4, 8) and module.group_size in (64, 128) for module in modules)
