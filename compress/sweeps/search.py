@@ -57,13 +57,17 @@ class Bisection:
         return next((value for value in tries if value not in known), None)
 
     def best(self) -> Tried | None:
-        """The feasible point whose goal is best."""
+        """The feasible point whose goal is best; of equals the one nearest to where the limits are crossed."""
         figure = figure_of(self.search.goal)
         assert figure is not None
         there = [each for each in self.tried if self.margin(each) is not None and (self.margin(each) or 0) <= 0]
         there = [each for each in there if self.search.goal in each.figures]
-        sign = 1 if self.search.maximize is not None else -1
-        return max(there, key=lambda each: sign * each.figures[self.search.goal], default=None)
+        sign, fence = 1 if self.search.maximize is not None else -1, self._fence()
+
+        def rank(each: Tried) -> tuple[float, float]:
+            return sign * each.figures[self.search.goal], 0.0 if fence is None else -abs(each.value - fence[1].value)
+
+        return max(there, key=rank, default=None)
 
     def note(self) -> str:
         """How it ended, in words."""

@@ -57,6 +57,17 @@ def test_steps_of_widths_do_not_mislead_it(steps: int, power: float) -> None:
         assert kl(min(best.value + 0.0101, RANGE[1])) > 0.1
 
 
+def test_of_values_with_the_same_result_the_one_at_the_crossing_is_best() -> None:
+    """Widths are multiples of 64: several sparsities give one shape."""
+    found = Bisection(Search(maximize="sparsity", over="x", range=[0.0, 1.0], subject_to={"kl": 0.1}, tolerance=0.01))
+    while (value := found.next()) is not None:
+        shape = int(value * 4) / 4
+        found.tell(value, {"kl": 0.05 + 0.2 * shape, "sparsity": shape})
+    inside = [each.value for each in found.tried if each.value < 0.5]
+    best = found.best()
+    assert best is not None and len(inside) > 2 and best.value == max(inside)
+
+
 def test_whole_numbers_stay_whole() -> None:
     given = {"minimize": "bytes", "over": "x", "range": [2, 16], "subject_to": {"kl": 0.1}}
     found = Bisection(Search.model_validate(given))
