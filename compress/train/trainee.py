@@ -18,6 +18,7 @@ from compress.errors import ModelError
 from compress.train.losses.fused import Weights, logit_loss
 from compress.train.losses.hidden import hidden_loss
 from compress.train.losses.inputs import Head, Sampled
+from compress.train.packed import attend_in_documents, boundaries, of_documents, takes_documents
 
 _CHECKED = 32  # tokens on which a head is tried
 _TOLERANCE = 0.02  # of the largest logit: two orders of summation in 16 bits
@@ -32,12 +33,14 @@ class Inputs:
         positions: int64 [B, S], places inside documents; attention stays inside them.
         rows: int64 [N], places in the flattened tokens whose next token has a loss.
         targets: int64 [N], those next tokens.
+        documents: int32, where documents start (compress/train/packed.py).
     """
 
     tokens: Tensor
     positions: Tensor
     rows: Tensor
     targets: Tensor
+    documents: Tensor
 
 
 def inputs_of(batch: Any, device: torch.device) -> Inputs:
@@ -49,8 +52,9 @@ def inputs_of(batch: Any, device: torch.device) -> Inputs:
     rows[:, :-1] = batch.scored[:, 1:]
     places = rows.flatten().nonzero()[:, 0]
     targets = batch.tokens[:, 1:][batch.scored[:, 1:]]
-    moved = [each.to(device, non_blocking=True) for each in (batch.tokens, batch.positions, places, targets)]
-    return Inputs(*moved)
+    positions = batch.positions
+    made = (batch.tokens, positions, places, targets, boundaries(positions))
+    return Inputs(*(each.to(device, non_blocking=True) for each in made))
 
 
 class States(NamedTuple):
@@ -113,7 +117,7 @@ class Trainee(nn.Module):
         if not self._checked:
             with torch.no_grad(), uncompiled():
                 check_head(self.model, inputs.tokens[:1], "the model that is trained")
-                check_isolated(self.model, inputs.tokens.device)
+                isolate(self.model, inputs.tokens.device)
             self._checked = True
         wanted = tuple(self.objective.layers or ())
         states = states_of(self.model, self._decoder[0], inputs, wanted)
@@ -146,11 +150,17 @@ def uncompiled() -> Any:
 def states_of(model: nn.Module, decoder: nn.ModuleList, inputs: Inputs, layers: Sequence[int] = ()) -> States:
     """A model's hidden states of the rows: the last ones, as its head reads them, and those behind some layers."""
     with _watching(decoder, layers) as seen:
-        out = backbone_of(model)(
-            input_ids=inputs.tokens, position_ids=inputs.positions, attention_mask=None, use_cache=False
-        )
+        last = _states(model, inputs.tokens, inputs.positions, inputs.documents)
     behind = {layer: _rows(state, inputs.rows) for layer, state in seen.items()}
-    return States(_rows(out.last_hidden_state, inputs.rows), behind)
+    return States(_rows(last, inputs.rows), behind)
+
+
+def _states(model: nn.Module, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+    """A model's last hidden states [B, S, D] of packed sequences."""
+    packed = of_documents(documents, tokens.shape[1]) if takes_documents(model) else {}
+    out = backbone_of(model)(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, **packed)
+    states: Tensor = out.last_hidden_state
+    return states
 
 
 def _rows(state: Tensor, rows: Tensor) -> Tensor:
@@ -221,27 +231,26 @@ def check_head(model: Any, tokens: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def check_isolated(model: Any, device: torch.device) -> None:
-    """Refuse a family whose attention looks across the documents of a packed sequence.
+def isolate(model: Any, device: torch.device) -> None:
+    """Make a model's attention stay inside the documents of a packed sequence, without a mask where that can be.
 
     Raises:
-        ModelError: what the first document says changes the states of the second.
+        ModelError: a family that looks across them: what the first document says changes the states of the second.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.get_input_embeddings().num_embeddings, (2, 24), generator=generator)
     tokens[1, 10:] = tokens[0, 10:]
-    positions = torch.cat([torch.arange(10), torch.arange(14)])[None].to(device)
+    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    trial = [each.to(device) for each in (tokens, positions, boundaries(positions))]
     try:
-        one, other = (
-            backbone_of(model)(input_ids=row[None].to(device), position_ids=positions, use_cache=False)
-            .last_hidden_state[0, 10:]
-            .float()
-            for row in tokens
-        )
+        both = _states(model, *trial)
+        one, other = both[:, 10:].float()
         apart = float((one - other).abs().max()) <= 1e-3 * float(one.abs().max())
     except TypeError:  # it takes no positions
         apart = False
-    if not apart:
+    if apart:
+        attend_in_documents(model, lambda: _states(model, *trial), both)
+    else:
         raise ModelError(
             f"model_type {model.config.model_type!r}: its attention looks across the documents of a packed sequence; "
             "train a model of a family that transformers masks by positions, such as llama or qwen2"

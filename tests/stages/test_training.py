@@ -46,6 +46,7 @@ from compress.stages.training import student as student_module
 from compress.stages.training.parts import parts
 from compress.stages.training.texts import mixture_of
 from compress.train.losses.fused import Weights
+from compress.train.packed import boundaries
 from compress.train.teacher.online import OnlineTeacher
 from compress.train.trainee import Inputs, States, states_of
 
@@ -313,7 +314,7 @@ def test_a_document_does_not_see_the_one_in_front_of_it(family: str, tmp_path: P
     tokens[1, 10:] = tokens[0, 10:]
     positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
     rows = torch.arange(48)
-    inputs = Inputs(tokens, positions, rows, rows)
+    inputs = Inputs(tokens, positions, rows, rows, boundaries(positions))
     packed: States = states_of(model, model.model.layers, inputs, [0])
     alone = model.model(tokens[:1, 10:]).last_hidden_state[0]
     for state in (packed.last, packed.behind[0]):

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from compress.train import sharded
 from compress.train.losses.inputs import Head
-from compress.train.trainee import Inputs, States, check_head, check_isolated, head_of, states_of, uncompiled
+from compress.train.trainee import Inputs, States, check_head, head_of, isolate, states_of, uncompiled
 
 
 class OnlineTeacher(nn.Module):
@@ -74,6 +74,6 @@ class OnlineTeacher(nn.Module):
             assert device is not None
             with uncompiled():
                 check_head(self.model, torch.arange(3, 19, device=device)[None], name)
-                check_isolated(self.model, device)
+                isolate(self.model, device)
             return None
         return states_of(self.model, self._decoder[0], inputs, layers)
