@@ -9,6 +9,7 @@ The command line calls these, and so can a notebook; examples/ shows how:
     compress.plan(model, gpu=..., ...)       which precision fits where, before anything is downloaded, and its recipe
     compress.verify(checkpoint, ...)         open it with the stock loader and with ours: what agrees, what differs
     compress.inspect(checkpoint)             what it holds and how it was made
+    compress.export(checkpoint, to="gguf")   write it as a file for llama.cpp, and have llama.cpp read it
 
 They raise `compress.errors.DscompressError`, whose message is one line for people. Nothing heavy is imported before the
 first call.
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.footprint.footprint import plan
+    from compress.runs.export import export
     from compress.runs.runner import run
     from compress.runs.tools import evaluate, inspect, verify
     from compress.sweeps.driver import sweep
     from compress.sweeps.results import compare
 
 __version__ = "0.1.0"
-__all__ = ["compare", "evaluate", "inspect", "plan", "run", "sweep", "verify"]
+__all__ = ["compare", "evaluate", "export", "inspect", "plan", "run", "sweep", "verify"]
 
 _WHERE = {
     "run": "runs.runner",
@@ -34,6 +36,7 @@ _WHERE = {
     "verify": "runs.tools",
     "sweep": "sweeps.driver",
     "compare": "sweeps.results",
+    "export": "runs.export",
     "plan": "footprint.footprint",
 }
 

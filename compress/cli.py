@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import compress
+from compress.cli_export import export
 from compress.cli_options import (
     DebugOption,
     DeviceOption,
@@ -84,6 +85,7 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(sweep_app, name="sweep")
 app.command()(compare)
 app.command()(plan)
+app.command()(export)
 
 
 def _version(asked: bool) -> None:
@@ -149,7 +151,7 @@ def run(
     if launches:
         raise typer.Exit(launcher.launch(nproc, device, sys.argv[1:], reporter.say, nnodes, rdzv))
     if dry_run:
-        _print_plan(loaded, work, reporter)
+        _print_plan(loaded, work, reporter, device, _bytes(max_memory))
         return
     from compress.report.write import served_line, speed_words, summary_table, tasks_line
 
@@ -327,10 +329,13 @@ def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
     print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
 
 
-def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -> None:
+def _print_plan(
+    recipe: "Recipe", work_dir: Path | None, reporter: "Reporter", device: str, max_memory: int | None
+) -> None:
     """What a run would do; nothing is computed or written but a GGUF file's copy in the work folder."""
     from compress.model.source import resolve_model
     from compress.runs.artefact import check_output, check_work, work_folder
+    from compress.runs.foreseen import place_of
     from compress.runs.plan import other_models, plan_run
 
     output = Path(recipe.output)
@@ -338,7 +343,8 @@ def _print_plan(recipe: "Recipe", work_dir: Path | None, reporter: "Reporter") -
     work = work_folder(output, work_dir)
     check_work(work, output, recipe.model)
     models = {name: resolve_model(name, None, work, reporter.say) for name in other_models(recipe)}
-    planned = plan_run(recipe, resolve_model(recipe.model, recipe.revision, work, reporter.say), models)
+    base = resolve_model(recipe.model, recipe.revision, work, reporter.say)
+    planned = plan_run(recipe, base, models, place_of(device, max_memory))
     for line in planned.warnings:
         reporter.warn(line)
     if any(plan.builds for plan in planned.stages):

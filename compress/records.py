@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, ValidationError
 
+from compress.forecast_records import Forecast
 from compress.record_types import Count, Typed
 from compress.served_records import Served
 from compress.task_records import Task, TaskDecision
@@ -30,7 +31,10 @@ class Base(Typed):
 
 
 class Compressed(Typed):
-    """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included."""
+    """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included.
+
+    `file` is the .gguf file inside `path` that holds its weights, whose bytes are counted; None: safetensors do.
+    """
 
     path: str
     bytes: Count
@@ -38,6 +42,7 @@ class Compressed(Typed):
     bits_per_weight: float
     quantized_bits_per_weight: float | None = None
     format: str | None = None
+    file: str | None = None
 
 
 class Perplexity(Typed):
@@ -223,7 +228,8 @@ class Stage(Typed):
 
     `format` is that of the checkpoint it wrote (None for a dense one), `quantized_bits_per_weight` counts the quantized
     matrices alone, their scales included. `parameters` and `bytes` are those of its checkpoint; `perplexity` and `kl`
-    (from the recipe's model) are measured like the report's own, where a recipe has several stages.
+    (from the recipe's model) are measured like the report's own, where a recipe has several stages. `forecast` is what
+    it was expected to take.
     """
 
     kind: str
@@ -244,6 +250,7 @@ class Stage(Typed):
     kl: float | None = None
     format: str | None = None
     quantized_bits_per_weight: float | None = None
+    forecast: Forecast | None = None
 
 
 class Calibration(Typed):

@@ -20,6 +20,7 @@ SHAPE = (
 RECIPES = {
     "8b_prune_35": ({}, ["prune", "finetune"]),
     "8b_to_1.3b_distill": ({"stages.0.shape": SHAPE}, ["prune", "distill"]),
+    "8b_edge": ({"stages.1.type": "q4_0", "stages.0.target.sparsity": "0.2"}, ["prune", "finetune", "quantize"]),
     "8b_edge_chain": ({"stages.2.group_size": "64"}, ["prune", "finetune", "distill", "quantize"]),
     "smollm2_edge_chain": (
         {"stages.0.shape.intermediate_size": "512"}, ["prune", "finetune", "distill", "quantize"]

@@ -9,17 +9,8 @@ means has no precision. How far rounding alone moves log-probabilities is measur
 against the reference, on the same tokens. vLLM may be `TOLERANCE` times as far on average, for it rounds elsewhere.
 """
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +24,15 @@ from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.records import read_record
 from compress.served_records import Apart, Served, ServedPace, ServedSpeed
-from compress.system.distributed import alone
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.memory import available
+from compress.system.programs import Engine, Program, find_program, run_client
 from compress.system.progress import Reporter
 
 CODE_VERSION = 1
 ENGINE = "vLLM"
-ENVIRONMENT = Path(".venv-vllm")
+VLLM = Program(ENGINE, "vllm", ".venv-vllm", Path(vllm_client.__file__), "run make clients in a clone")
 # Times what rounding does, on average over the tokens. vLLM 0.32 on a CPU came to 0.7 to 1.6 times in every format
 # without an 8-bit cache; one matrix of one layer read as a quarter larger made 4 to 7 times where inputs are 16 bits
 # wide (tests/clients). The floor is for models that rounding hardly moves.
@@ -51,15 +42,6 @@ _PROMPT, _DECODED, _ROUNDS = 512, 32, 3  # tokens that are timed
 _SECONDS, _BYTES_PER_SECOND = 600, 20_000_000  # to open a checkpoint and answer, at most
 _PROCESS_BYTES = 2 * 2**30  # of vLLM on a CPU with its cache, before a model
 _LONGEST = 400
-_CLIENT = Path(vllm_client.__file__)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An environment with vLLM: its interpreter, and which version it has."""
-
-    python: Path
-    version: str
 
 
 def find_engine(named: str | None) -> Engine | str:
@@ -68,33 +50,7 @@ def find_engine(named: str | None) -> Engine | str:
     Args:
         named: its interpreter; None takes this environment's vLLM, or `.venv-vllm` in the current folder or the clone.
     """
-    python = _interpreter(named)
-    if python is None:
-        return (
-            f"vLLM is not installed here and there is no {ENVIRONMENT} in {Path.cwd()}; run make clients in a clone, "
-            "or name the Python of an environment that has it"
-        )
-    try:
-        done = subprocess.run(
-            [python, _CLIENT, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-            env=alone(), check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{python}: can't be started ({_words(error)}); name the Python of an environment that has vLLM"
-    if done.returncode or not done.stdout.strip():
-        last = done.stderr.strip().splitlines()[-1:]
-        reason = f" ({last[0]})" if last else ""
-        return f"{python}: has no vLLM{reason}; name the Python of an environment that has it, or run make clients"
-    return Engine(python, done.stdout.strip())
-
-
-def _interpreter(named: str | None) -> Path | None:
-    if named is not None:
-        return Path(named)
-    if find_spec("vllm") is not None:
-        return Path(sys.executable)
-    places = [folder / ENVIRONMENT / "bin" / "python" for folder in (Path.cwd(), Path(__file__).parents[2])]
-    return next((python for python in places if python.is_file()), None)
+    return find_program(VLLM, named)
 
 
 def serve(
@@ -173,7 +129,7 @@ def examine(
     wanted, first = _of(exact, sequence), len(prompt) - 1
     rounding, apart = (_of(rounded, sequence) - wanted).abs(), (said - wanted).abs()
     parts = [_apart(apart[part], rounding[part]) for part in (slice(None, first), slice(first, None))]
-    agreed, gap = _agreed(exact[first:-1], sequence[first + 1 :])
+    agreed, gap = agreement(exact[first:-1], sequence[first + 1 :])
     passed = all(part.passed for part in parts)
     served = Served(**found, passed=passed, prompt=parts[0], continuation=parts[1], agreed=agreed, gap=gap)
     return served, answer["pace"]
@@ -197,7 +153,7 @@ def _apart(apart: Tensor, rounding: Tensor) -> Apart:
     )
 
 
-def _agreed(log_probabilities: Tensor, made: Tensor) -> tuple[int, float | None]:
+def agreement(log_probabilities: Tensor, made: Tensor) -> tuple[int, float | None]:
     """How many tokens [T] in front are those that [T, V] ranks first, and how far behind the next one is, nats."""
     best = log_probabilities.max(-1)
     other = (best.indices != made).nonzero()
@@ -248,47 +204,16 @@ def _ask(
         "timing": timing, "positions": longest,
     }  # fmt: skip
     seconds = _SECONDS + checkpoint.bytes / _BYTES_PER_SECOND
-    answer = run_client(engine.python, request, seconds)
+    answer = run_client(engine.python, VLLM.client, request, seconds, {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     if "failure" in answer:
         answer["failure"] = _short(answer["failure"])
     return answer
-
-
-def run_client(python: Path, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Run the client on a request; it and all that it started are gone when this returns, or is interrupted."""
-    with tempfile.TemporaryDirectory(prefix="dscompress-") as scratch:
-        folder = Path(scratch)
-        files = [folder / name for name in ("request.json", "answer.json", "said.txt")]
-        files[0].write_text(json.dumps(request), encoding="utf-8")
-        with files[2].open("wb") as said:
-            process = subprocess.Popen(
-                [python, _CLIENT, *files[:2]], stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
-                env=alone() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return {"failure": f"no answer in {seconds:.0f} s, so it was stopped"}
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if files[1].is_file():
-            answer: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
-            return answer
-        lines = files[2].read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        how = f"stopped by signal {-process.returncode}" if process.returncode < 0 else "ended without an answer"
-        return {"failure": f"{how} ({lines[-1].strip()})" if lines else how}
 
 
 def _short(text: str) -> str:
     """One line that fits a report: the beginning of vLLM's own, which names the reason."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
-
-
-def _words(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def difference(served: Served) -> str:

@@ -154,6 +154,15 @@ def kept_ready() -> Iterator[None]:
         _kept = None
 
 
+def start_anew() -> None:
+    """Put new processes in the place of loaders that are kept: one that has used a GPU holds on to some of it."""
+    for place, loader in enumerate(_kept or ()):
+        if loader.ready:
+            loader.close()
+            assert _kept is not None
+            _kept[place] = _Loader()
+
+
 def ask(request: Request) -> Answer:
     """Run the request in a process of its own and wait for it."""
     with asked(request) as answer:

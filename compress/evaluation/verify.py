@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.evaluation.compare import open_view
 from compress.evaluation.stock import Answer, Request, asked
+from compress.formats.base import AnyGrid
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
@@ -155,8 +156,8 @@ def stock_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return int(elements * dtype.itemsize * 1.3) + checkpoint.bytes
 
 
-def _elements(shape: tuple[int, ...], grid: Grid | None) -> int:
-    return math.prod(shape) if grid is None else math.prod(shape) * 32 // grid.bits
+def _elements(shape: tuple[int, ...], grid: AnyGrid | None) -> int:
+    return math.prod(shape) * 32 // grid.bits if isinstance(grid, Grid) else math.prod(shape)
 
 
 def own_logits(

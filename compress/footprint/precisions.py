@@ -27,7 +27,8 @@ from compress.recipe.quantize import QuantizeStage
 from compress.stages.contract import Setting
 from compress.stages.prune.plan import plan as plan_pruning
 from compress.stages.quantize.matrix import Matrix
-from compress.stages.quantize.plan import estimate, plan_matrices
+from compress.stages.quantize.plan import plan_matrices
+from compress.stages.quantize.written import output_bytes
 
 Made = Literal["as it is", "dscompress", "llama.cpp"]
 _ROUTERS = ("mlp.gate", "router", "mlp.shared_expert_gate")  # which choose experts: a few rows, left in 16 bits
@@ -148,7 +149,7 @@ def weights_of(subject: Subject, precision: Precision) -> Weights | str:
         stages.append(stage)
         dtype = model_dtype(shapes)
         sizes = {f"{matrix.name}.weight": bytes_on_disk(stage.layout, matrix, dtype) for matrix in matrices}
-        written = estimate(stage, matrices, shapes, 1, 1).output_bytes if subject.refused is None else None
+        written = output_bytes(stage, matrices, shapes) if subject.refused is None else None
     elif precision.block is not None:
         sizes = _in_blocks(precision.block, subject, shapes)
     else:

@@ -101,7 +101,7 @@ def notes(found: Footprint) -> list[str]:
         "another amount",
     ]
     if any(row.about and row.problem is None for row in found.rows):
-        lines.append("~: about; dscompress does not write it")
+        lines.append("~: about; embeddings and head are in 16 bits here, and in a .gguf file in fewer")
     lines += [f"{row.precision}: {row.problem}" for row in found.rows if row.problem is not None]
     if found.card is not None and not found.card.keeps_codes:
         lines.append(

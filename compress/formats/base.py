@@ -9,24 +9,28 @@ from torch import Tensor
 
 from compress.formats.facts import scale_dtype
 from compress.model.checkpoint import TensorInfo
+from compress.model.gguf.block_types import BlockType
+from compress.quant.blocks import Blocked
 from compress.quant.grid import FakeQuantize, Grid, Quantized
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-Grids: TypeAlias = Mapping[str, Grid]
+AnyGrid: TypeAlias = Grid | BlockType
+AnyQuantized: TypeAlias = Quantized | Blocked
+Grids: TypeAlias = Mapping[str, AnyGrid]
 Shapes: TypeAlias = Mapping[str, tuple[int, int]]
 Inputs: TypeAlias = Mapping[str, FakeQuantize]
 Infos: TypeAlias = Mapping[str, TensorInfo]  # of a module's tensors, by their names inside it
 Scheme: TypeAlias = Mapping[str, Any]  # what a `quantization_config` says of a module, in the format's own words
 
 
-def _exact(matrix: Quantized, dtype: torch.dtype, dense: bool) -> Tensor:
-    return matrix.dequantize(dtype)
+def _exact(matrix: AnyQuantized, dtype: torch.dtype, dense: bool) -> Tensor:
+    return matrix.dequantize().to(dtype) if isinstance(matrix, Blocked) else matrix.dequantize(dtype)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint format.
+    """A checkpoint format, for matrices and grids of its own kind.
 
     Args:
         name: as its library calls it; a key of `compress.formats.facts.FACTS`.
@@ -50,25 +54,25 @@ class Format:
 
     name: str
     parts: tuple[str, ...]
-    pack: Callable[[Quantized], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Grid], Quantized]
-    describe: Callable[[Infos, Sequence[int], Scheme], Grid]
-    config: Callable[[Grids, Sequence[str], Sequence[str], Inputs, str | None], dict[str, Any]]
+    pack: Callable[[Any], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Any], AnyQuantized]
+    describe: Callable[[Infos, Sequence[int], Scheme], AnyGrid]
+    config: Callable[[Any, Sequence[str], Sequence[str], Inputs, str | None], dict[str, Any]]
     zero_minimum: int = 0
-    problems: Callable[[Shapes, Grids, Sequence[str]], list[str]] = lambda shapes, grids, embeddings: []
+    problems: Callable[[Shapes, Any, Sequence[str]], list[str]] = lambda shapes, grids, embeddings: []
     extra_files: Callable[[dict[str, Any]], dict[str, str]] = lambda config: {}
-    metadata: Callable[[Grids, Mapping[str, Sequence[int]]], dict[str, str]] = lambda grids, shapes: {}
-    dense: Callable[[Grids, Sequence[str]], bool] = lambda grids, embeddings: False
-    weight: Callable[[Quantized, torch.dtype, bool], Tensor] = _exact
-    read: Callable[[Mapping[str, Tensor], Grid, torch.dtype], Tensor] | None = None
+    metadata: Callable[[Any, Mapping[str, Sequence[int]]], dict[str, str]] = lambda grids, shapes: {}
+    dense: Callable[[Any, Sequence[str]], bool] = lambda grids, embeddings: False
+    weight: Callable[[Any, torch.dtype, bool], Tensor] = _exact
+    read: Callable[[Mapping[str, Tensor], Any, torch.dtype], Tensor] | None = None
     rounds_inputs: bool = False
-    runs_in: Callable[[Grid, torch.dtype], torch.dtype] = lambda grid, dtype: dtype
+    runs_in: Callable[[Any, torch.dtype], torch.dtype] = lambda grid, dtype: dtype
 
     def scale_dtype(self, model: str) -> torch.dtype:
         """In which it stores scales for a model of this dtype (`compress.model.shapes.model_dtype`)."""
         return DTYPES[scale_dtype(self.name, model)]
 
-    def load(self, tensors: Mapping[str, Tensor], grid: Grid, dtype: torch.dtype, dense: bool) -> Tensor:
+    def load(self, tensors: Mapping[str, Tensor], grid: AnyGrid, dtype: torch.dtype, dense: bool) -> Tensor:
         """The weight [O, I] of a file's tensors, as the loader has it that is asked for `dtype`."""
         if self.read is not None:
             return self.read(tensors, grid, dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import ModelError
 from compress.formats import w8a8
-from compress.formats.base import Format, Scheme
+from compress.formats.base import AnyGrid, AnyQuantized, Format, Scheme
 from compress.formats.facts import FACTS, READABLE
 from compress.formats.patterns import has_number, inside_layer
 from compress.formats.table import Lookup, lookup
@@ -30,7 +30,7 @@ _QUANTIZED = (
     "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_global_scale",
     "weight_g_idx", "weight_shape", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
     "output_zero_point", "q_scale", *_CACHE_PARTS, "k_zero_point", "v_zero_point", "qweight", "qzeros", "g_idx",
-    "_weight_qdata", "_weight_scale",
+    "_weight_qdata", "_weight_scale", "weight_blocks",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ class DequantizedCheckpoint:
         except ModelError as error:
             raise ModelError(f"{self.folder}: {error}") from None
         self._dense = schemes is not None and schemes.dense
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, AnyGrid] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._formats: dict[str, Format] = {}
         self._schemes: dict[str, Scheme] = {}
@@ -91,7 +91,8 @@ class DequantizedCheckpoint:
         self.inputs: dict[str, FakeQuantize] = {}
         self.caches: dict[str, CacheFakeQuantize] = {}
         if self.rounds_inputs:
-            self.inputs = {module: dynamic_fake_quantize(grid) for module, grid in self.grids.items()}
+            grids = {module: grid for module, grid in self.grids.items() if isinstance(grid, Grid)}
+            self.inputs = {module: dynamic_fake_quantize(grid) for module, grid in grids.items()}
         elif schemes is not None:
             self._find_rounding(schemes.cache)
         for module, parts in self._left.items():
@@ -188,6 +189,13 @@ class DequantizedCheckpoint:
         """The dtype in which stock transformers runs it where this one is asked for."""
         wanted = (self._formats[module].runs_in(grid, dtype) for module, grid in self.grids.items())
         return next((each for each in wanted if each != dtype), dtype)
+
+    def quantized(self, module: str) -> AnyQuantized:
+        """The codes and scales of a quantized module."""
+        form = self._formats[module]
+        stored = {part: f"{module}.{part}" for part in form.parts if f"{module}.{part}" in self._checkpoint.tensors}
+        raw = self._checkpoint.load(stored.values())
+        return form.unpack({part: raw[name] for part, name in stored.items()}, self.grids[module])
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Weights by their dense names; quantized ones are [O, I] in the dtype of `running_in` (at first float32)."""

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from compress.model.gguf.block_types import BLOCK_TYPES
+from compress.model.layout import Planned
+
 PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED = "pack-quantized", "int-quantized", "float-quantized"
-GPTQ, TORCHAO = "gptq", "torchao"
+GPTQ, TORCHAO, GGUF = "gptq", "torchao", "gguf"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ FACTS = {
     FLOAT_QUANTIZED: Facts(),
     GPTQ: Facts(stock="transformers opens the gptq format with optimum and gptqmodel installed; not asked here"),
     TORCHAO: Facts(runs_on_cpu=True),
+    GGUF: Facts(stock="transformers has no blocks of ggml; the .gguf file is for llama.cpp"),
 }
 
 
@@ -79,6 +83,10 @@ class Matrix(Protocol):
         """How its inputs are rounded."""
 
     @property
+    def block(self) -> str | None:
+        """Its block type of ggml."""
+
+    @property
     def groups(self) -> int:
         """Scales in a row."""
 
@@ -112,18 +120,42 @@ def scale_dtype(layout: str, model: str) -> str:
     return model if layout == TORCHAO or model == "F16" else "BF16"
 
 
+def packed(layout: str, matrix: Matrix, model: str = "BF16") -> dict[str, Planned]:
+    """The tensors that hold a quantized matrix in a format, by their names in the module, for a model of this dtype.
+
+    A matrix whose inputs may come to have a static scale is taken to get one.
+    """
+    (rows, columns), groups, bits = matrix.shape, matrix.groups, matrix.bits
+    if matrix.block is not None:
+        kind = BLOCK_TYPES[matrix.block]
+        return {"weight_blocks": Planned("U8", (rows, columns // kind.width * kind.bytes))}
+    scales = scale_dtype(layout, model)
+    if layout == TORCHAO:
+        found = {"_weight_qdata": Planned("I8", (rows, columns)), "_weight_scale": Planned(scales, (rows, groups))}
+        return found | ({"_weight_zero_point": Planned("I8", (rows, groups))} if bits == 4 else {})
+    if layout in (INT_QUANTIZED, FLOAT_QUANTIZED):
+        shape = (1,) if matrix.rows == -1 else (matrix.scales // groups, groups)
+        found = {"weight": Planned("F8_E4M3" if matrix.dtype == "fp" else "I8", (rows, columns))}
+        found["weight_scale"] = Planned(scales, shape)
+        return found | ({} if matrix.inputs == "dynamic" else {"input_scale": Planned(scales, (1,))})
+    if layout == GPTQ:
+        return {
+            "qweight": Planned("I32", (columns * bits // 32, rows)),
+            "qzeros": Planned("I32", (groups, rows * bits // 32)),
+            "scales": Planned(scales, (groups, rows)),
+            "g_idx": Planned("I32", (columns,)),
+        }
+    found = {
+        "weight_packed": Planned("I32", (rows, -(-columns * bits // 32))),
+        "weight_scale": Planned(scales, (rows, groups)),
+        "weight_shape": Planned("I64", (2,)),
+    }
+    return found | ({} if matrix.symmetric else {"weight_zero_point": Planned("I32", (-(-rows * bits // 32), groups))})
+
+
 def bytes_on_disk(layout: str, matrix: Matrix, model: str = "BF16") -> int:
     """Bytes of the tensors that hold a quantized matrix in a format, for a model of this dtype."""
-    rows, columns = matrix.shape
-    scales, scale_bytes = matrix.scales, 4 if scale_dtype(layout, model) == "F32" else 2
-    if layout == TORCHAO:
-        return rows * columns + (scale_bytes + (matrix.bits == 4)) * scales
-    if layout in (INT_QUANTIZED, FLOAT_QUANTIZED):
-        return rows * columns + scale_bytes * (scales + (matrix.inputs != "dynamic"))
-    if layout == GPTQ:
-        return (rows * columns + scales) * matrix.bits // 8 + scale_bytes * scales + 4 * columns
-    zeros = 0 if matrix.symmetric else 4 * matrix.groups * -(-rows * matrix.bits // 32)
-    return 4 * rows * -(-columns * matrix.bits // 32) + scale_bytes * scales + zeros + 16
+    return sum(tensor.bytes for tensor in packed(layout, matrix, model).values())
 
 
 def measured_bits(tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int, int]]) -> float:

@@ -1,16 +1,18 @@
 """The formats by name, and how the one of a checkpoint is found."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from compress.errors import ModelError
-from compress.formats import gptq, pack_quantized, torchao, w8a8
+from compress.formats import gguf, gptq, pack_quantized, torchao, w8a8
 from compress.formats.base import Format, Scheme
 from compress.formats.facts import READABLE
 from compress.formats.schemes import Schemes
 from compress.system.extras import torchao_problem
 
-FORMATS = {each.name: each for each in (pack_quantized.FORMAT, w8a8.INT, w8a8.FLOAT, gptq.FORMAT, torchao.FORMAT)}
+_ALL = (pack_quantized.FORMAT, w8a8.INT, w8a8.FLOAT, gptq.FORMAT, torchao.FORMAT, gguf.FORMAT)
+FORMATS = {each.name: each for each in _ALL}
 
 Lookup = Callable[[str], tuple[Format, Scheme] | None]
 
@@ -40,6 +42,8 @@ def lookup(config: Mapping[str, Any]) -> tuple[Lookup, Schemes | None]:
         return find, schemes
     if method == "gptq":
         return _gptq(config), None
+    if method == gguf.METHOD:
+        return partial(_in_blocks, config), None
     if method == "torchao":
         problem = torchao_problem()
         bits = None if problem else torchao.bits_of(config)
@@ -49,6 +53,11 @@ def lookup(config: Mapping[str, Any]) -> tuple[Lookup, Schemes | None]:
         kept = config.get("modules_to_not_convert") or []
         return lambda module: None if module in kept else (torchao.FORMAT, {"bits": bits}), None
     raise ModelError(f"quantized as {method}, which can't be read here; {READABLE}")
+
+
+def _in_blocks(config: Mapping[str, Any], module: str) -> tuple[Format, Scheme] | None:
+    scheme = gguf.scheme_of(config, module)
+    return None if scheme is None else (gguf.FORMAT, scheme)
 
 
 def _gptq(config: Mapping[str, Any]) -> Lookup:

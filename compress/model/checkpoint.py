@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress.errors import ModelError
 from compress.model.arch import depth_of
+from compress.model.layout import MAX_SHARD_BYTES, METADATA, encoded
 from compress.model.names import canonical_names, layers_beyond
 from compress.model.numbers import check_numbers
 from compress.system.files import link_or_copy, unwritable
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_SHARD_BYTES = 2_000_000_000
 _BLOCK = 1 << 22
 MAX_JSON_BYTES = 100_000_000  # of a config or an index; the largest models' have a tenth
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -123,6 +123,11 @@ class Checkpoint:
             raise ModelError(
                 f"{folder}: only pickle weights ({_some(pickles)}), which can run code when opened; "
                 "convert them to safetensors with save_pretrained"
+            )
+        if files := sorted(file.name for file in folder.glob("*.gguf")):
+            raise ModelError(
+                f"{folder}: its weights are in {_some(files)}, for llama.cpp; this reads safetensors (eval and verify, "
+                "and `model:` in a recipe, read both)"
             )
         raise ModelError(f"{folder}: no safetensors weights; give a folder that has them")
 
@@ -293,9 +298,7 @@ def write_part(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[st
 
     temporary = file.with_suffix(".tmp")
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata}
-        )
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**METADATA, **metadata})
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(file)
@@ -347,7 +350,7 @@ def merge_parts(
 
 def _join(parts: Sequence[Path], file: Path, metadata: Mapping[str, str]) -> None:
     """Concatenate the tensors of parts into one safetensors file, from file to file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {**METADATA, **metadata}}
     offset = 0
     starts: list[tuple[Path, int]] = []
     for part in parts:
@@ -360,10 +363,8 @@ def _join(parts: Sequence[Path], file: Path, metadata: Mapping[str, str]) -> Non
             begin, end = row["data_offsets"]
             header[name] = {**row, "data_offsets": [offset + begin, offset + end]}
         offset += max((row["data_offsets"][1] for row in rows.values()), default=0)
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        out.write(encoded(header))
         for part, start in starts:
             with part.open("rb") as raw:
                 raw.seek(start)

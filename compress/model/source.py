@@ -23,8 +23,8 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
     """The checkpoint folder of a model.
 
     Args:
-        reference: folder, hub id, path of a GGUF file (known by its first bytes), or "package:<name>/<file>" inside an
-            installed package.
+        reference: folder, hub id, path of a GGUF file (known by its first bytes) or of a folder that has one, or
+            "package:<name>/<file>" inside an installed package.
         revision: of a hub id.
         work: work folder, where a dequantized GGUF file is kept.
         say: told what takes time.
@@ -42,8 +42,16 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
         raise ModelError(f"revision: {revision!r} is given, but {reference} is no hub id; remove it")
     if not path.exists():
         raise ModelError(f"model: {reference} does not exist; give a model folder, a .gguf file or a hub id")
-    named = path.is_file() and path.suffix.lower() == ".gguf"
-    return _from_gguf(path, work, say) if named or is_gguf(path) else path
+    file = gguf_of(path)
+    return path if file is None else _from_gguf(file, work, say)
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that a folder has and no other weights, as `format: gguf` leaves one."""
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf")) if not any(path.glob("*.safetensors")) else []
+        return found[0] if len(found) == 1 else None
+    return path if path.suffix.lower() == ".gguf" or is_gguf(path) else None
 
 
 def looks_local(reference: str) -> bool:

@@ -180,7 +180,7 @@ def _walk(
         if grid is None:
             scale, zero = work.new_ones(rows), work.new_zeros(rows)
         else:
-            moved = _moved(work[group], target, inside)
+            moved = moved_weights(work[group], target, inside)
             if chooser is not None:  # foreseen: errors inside the group may still change the choice a little
                 moved.masked_fill_(chooser.removed(0, moved), 0.0)
             scale, zero = group_scales(moved.t(), importance(pivot, clip), grid)
@@ -194,7 +194,7 @@ def _walk(
     return levels, scales, zeros, loss
 
 
-def _moved(weight: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
+def moved_weights(weight: Tensor, target: Tensor, feedback: Tensor) -> Tensor:
     """Where the errors so far have moved columns [n, O], were these left alone; `feedback` is that among them."""
     moved: Tensor = torch.linalg.solve_triangular(feedback.t(), target - weight, upper=False, unitriangular=True)
     return moved.add_(weight)
@@ -245,7 +245,7 @@ def _quantize_group(
                 width = chooser.mask.width
                 if column % width == 0:
                     part = slice(column, min(column + width, columns))
-                    moved = _moved(weight[part], target[part], feedback[part, part])
+                    moved = moved_weights(weight[part], target[part], feedback[part, part])
                     removed = chooser.removed(column, moved)
                 level.masked_fill_(removed[column % width], 0.0)
             missed = torch.addcmul(weight[column], level, scale, value=-1, out=error[column])

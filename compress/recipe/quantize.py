@@ -5,7 +5,9 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from compress.recipe.gguf import GgufStage
 from compress.recipe.types import DAMP, Closed, Number, StageSpec, Text, parse_number, without_overridden
+from compress.recipe.weights import WeightStage
 from compress.system.extras import torchao_problem
 
 Bits: TypeAlias = Literal[2, 3, 4, 8]
@@ -26,26 +28,19 @@ class Override(Closed):
         return self
 
 
-_METHODS = ("gptq", "rtn", "dynamic", "static", "auto")
+_FORMATS = ("compressed-tensors", "gptq", "gguf")
 
 
-def _check_method(value: object) -> object:
-    """A method that is none gets the list of all: no union member alone knows it."""
-    if value not in _METHODS:
-        raise PydanticCustomError("literal_error", "", {"expected": f"{', '.join(_METHODS[:-1])} or {_METHODS[-1]}"})
+def _check_format_name(value: object) -> object:
+    """A format that is none gets the list of all, gguf too, which has a stage of its own."""
+    if value not in _FORMATS:
+        raise PydanticCustomError("literal_error", "", {"expected": f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"})
     return value
 
 
-class WeightOnlyStage(StageSpec):
+class WeightOnlyStage(WeightStage):
     """Store the weights of linear layers as small integers with a scale per group of columns."""
 
-    last: ClassVar[bool] = True
-
-    kind: Literal["quantize"] = Field(description="What the stage does: quantize.")
-    method: Annotated[Literal["gptq", "rtn"], BeforeValidator(_check_method)] = Field(
-        default="gptq",
-        description="gptq compensates each column's rounding error in the columns after it; rtn only rounds.",
-    )
     bits: Bits = Field(default=4, description="Width of a weight.")
     group_size: GroupSize = Field(
         default=128, description="Columns that share a scale; -1: the whole row. It must divide the layers' widths."
@@ -53,31 +48,10 @@ class WeightOnlyStage(StageSpec):
     symmetric: bool = Field(
         default=True, description="True: zero point fixed in the middle; false: a zero point per group."
     )
-    act_order: bool = Field(
-        default=True,
-        description="Quantize the columns with the largest inputs first (loaders see no difference); with a pattern, "
-        "columns stay in their order.",
-    )
     pattern: Literal["2:4", "4:8"] | None = Field(
         default=None,
         description="Keep 2 of every 4 (4 of every 8) neighbouring weights in the layers; the others become exact "
         "zeros in the same pass (SparseGPT). Zeros that a prune stage has made so stay where they are.",
-    )
-    damp: Number = DAMP
-    clip: Literal["none", "mse", "hessian"] | None = Field(
-        default=None,
-        description="How ranges are narrowed: not at all, for the least weight error (what null means for rtn), "
-        "or for the least output error (what null means for gptq).",
-    )
-    drift_correction: Annotated[Number, Field(ge=0, le=1)] | None = Field(
-        default=None,
-        description="Share of what earlier quantized layers have changed that a matrix's weights are moved to make "
-        "good before they are rounded (null means 0.5 for gptq); 0 saves a forward pass of the original model.",
-    )
-    reference: Literal["parent", "base"] = Field(
-        default="parent",
-        description="Whose outputs the correction aims at: those of the model that this stage gets (parent), or of the "
-        "recipe's own, before it was pruned (base).",
     )
     overrides: dict[Text, Override] = Field(
         default={}, description='Other settings by glob on module names: {"*.down_proj": {bits: 8}}.'
@@ -85,16 +59,10 @@ class WeightOnlyStage(StageSpec):
     ignore: list[Text] = Field(default=[], description="Globs of modules to leave in 16 bits.")
     lm_head: bool = Field(default=False, description="Quantize the output head too.")
     embeddings: bool = Field(default=False, description="Quantize the token embeddings too.")
-    format: Literal["compressed-tensors", "gptq"] = Field(
-        default="compressed-tensors", description="Layout on disk. Both open in transformers and vLLM."
+    format: Annotated[Literal["compressed-tensors", "gptq"], BeforeValidator(_check_format_name)] = Field(
+        default="compressed-tensors",
+        description="Layout on disk. Both open in transformers and vLLM. gguf, for llama.cpp, has settings of its own.",
     )
-
-    @field_validator("clip")
-    @classmethod
-    def _check_clip(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value == "hessian" and info.data.get("method") == "rtn":
-            raise PydanticCustomError("clip", "needs the inputs, which rtn never sees; use mse, none or method: gptq")
-        return value
 
     @field_validator("pattern")
     @classmethod
@@ -117,36 +85,6 @@ class WeightOnlyStage(StageSpec):
             message = "gptq can't hold quantized embeddings; use compressed-tensors or embeddings: false"
             raise PydanticCustomError("format", message)
         return value
-
-    @field_validator("drift_correction")
-    @classmethod
-    def _check_correction(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value and info.data.get("method") == "rtn":
-            raise PydanticCustomError("drift", "needs the inputs, which rtn never sees; remove it or use method: gptq")
-        return value
-
-    @field_validator("reference")
-    @classmethod
-    def _check_reference(cls, value: str, info: ValidationInfo) -> str:
-        if value == "base" and (info.data.get("method") == "rtn" or info.data.get("drift_correction") == 0):
-            raise PydanticCustomError("reference", "is what drift_correction aims at, which is off; remove one of them")
-        return value
-
-    @property
-    def correction(self) -> float:
-        """The share that `drift_correction` means."""
-        default = 0.5 if self.method == "gptq" else 0.0
-        return default if self.drift_correction is None else self.drift_correction
-
-    @property
-    def weight_rounding(self) -> Literal["gptq", "rtn"]:
-        """How weights are rounded."""
-        return self.method
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the stage looks at calibration text."""
-        return self.method == "gptq"
 
     @property
     def layout(self) -> str:
@@ -309,12 +247,18 @@ class WeightActivationStage(StageSpec):
 
 
 def _member(value: object) -> str:
-    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
+    method, form = (
+        value.get(key) if isinstance(value, dict) else getattr(value, key, None) for key in ("method", "format")
+    )
+    if form == "gguf":
+        return GgufStage.__name__
     return WeightActivationStage.__name__ if method in ("dynamic", "static", "auto") else WeightOnlyStage.__name__
 
 
 # The tags are the classes' names: messages look up by them which keys a stage may have.
 QuantizeStage: TypeAlias = Annotated[
-    Annotated[WeightOnlyStage, Tag("WeightOnlyStage")] | Annotated[WeightActivationStage, Tag("WeightActivationStage")],
+    Annotated[WeightOnlyStage, Tag("WeightOnlyStage")]
+    | Annotated[WeightActivationStage, Tag("WeightActivationStage")]
+    | Annotated[GgufStage, Tag("GgufStage")],
     Discriminator(_member),
 ]

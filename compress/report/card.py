@@ -49,11 +49,12 @@ def _origin(report: Report) -> str:
 def _front_matter(report: Report, stage: Stage | None, hub_id: str | None) -> dict[str, Any]:
     spec = stage.spec if stage else {}
     tags = ["dscompress", report.compressed.format, spec.get("method"), *_tags(report)]
-    tags += [spec["dtype"]] if "dtype" in spec else [f"{spec['bits']}-bit"] if "bits" in spec else []
+    named = [spec[key] for key in ("dtype", "type") if key in spec]
+    tags += named or ([f"{spec['bits']}-bit"] if "bits" in spec else [])
     relation = "quantized" if stage is not None else "finetune"
     base = {"base_model": hub_id, "base_model_relation": relation} if hub_id else {}
     return base | {
-        "library_name": "transformers",
+        "library_name": "transformers" if report.compressed.file is None else "gguf",
         "pipeline_tag": "text-generation",
         **({"quantized_by": "dscompress"} if stage is not None else {}),
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
@@ -83,6 +84,8 @@ def _method_words(stage: Stage | None) -> str:
             else f"weights and activations to {dtype}"
         )
         return f"A quantization of {what} ({how} activation scales)"
+    if stage is not None and "type" in stage.spec:
+        return f"A {stage.spec['type'].upper()} GGUF quantization"
     if stage is None or "bits" not in stage.spec:
         return "A compressed version"
     return f"A {stage.spec['bits']}-bit {str(stage.spec.get('method', '')).upper()} quantization".replace("  ", " ")

@@ -117,7 +117,7 @@ def words(report: Report, index: int) -> str:
 def _settings(stage: Stage) -> list[str]:
     spec = stage.spec
     bits = [] if spec.get("bits") is None else [f"{spec['bits']}-bit"]
-    return [str(spec[key]) for key in ("method", "dtype", "pattern") if spec.get(key) is not None] + bits
+    return [str(spec[key]) for key in ("method", "dtype", "type", "pattern") if spec.get(key) is not None] + bits
 
 
 def _loss(stage: Stage) -> str:

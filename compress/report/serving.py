@@ -45,7 +45,9 @@ def packages(report: Report) -> str:
 
 def ways(report: Report) -> list[Way]:
     """The programs that open the checkpoint; servers first."""
-    path, found = path_of(report), []
+    path, found = path_of(report), list[Way]()
+    if report.compressed.file is not None:
+        return [_llama_cpp(f"{path}/{report.compressed.file}")]
     if (note := _vllm(report)) is not None:
         found.append(Way("vLLM", f"vllm serve {path}", note))
     if _onnx(report):
@@ -55,6 +57,12 @@ def ways(report: Report) -> list[Way]:
     opened = f'model = AutoModelForCausalLM.from_pretrained("{path}")'
     slow = "to check and to try; 4-bit weights are unpacked as it goes" if report.compressed.format else ""
     return [*found, Way("transformers", f"pip install {packages(report)}\n{opened}", slow)]
+
+
+def _llama_cpp(file: str) -> Way:
+    """The program that opens a .gguf file, and what is built on it."""
+    command = f"llama-cli -m {file}\nllama-server -m {file} --port 8080"
+    return Way("llama.cpp", command, "Ollama, LM Studio and others that run llama.cpp open the same file")
 
 
 def _vllm(report: Report) -> str | None:

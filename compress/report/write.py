@@ -11,6 +11,7 @@ from compress.records import Report
 from compress.report import card, chain, figures
 from compress.report.figures import speed_words, summary_table
 from compress.report.pages import environment, write
+from compress.report.planned import PLANNED_HEADS, planned_rows
 from compress.report.pruning import pruned_views
 from compress.report.served import served_line, served_view
 from compress.report.serving import ways
@@ -82,6 +83,8 @@ def _view(report: Report) -> dict[str, Any]:
         "text_heads": TEXT_HEADS,
         "chain_heads": chain.HEADS,
         "chain": chain.chain_rows(report),
+        "planned_heads": PLANNED_HEADS,
+        "planned": planned_rows(report),
         "quality_rows": figures.quality_rows(report),
         "speed_rows": figures.speed_rows(report),
         "speed_words": speed_words(report),

@@ -26,14 +26,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from compress.errors import OutputError
-from compress.model.checkpoint import read_part, write_part
+from compress.model.checkpoint import INDEX, read_part, write_part
 from compress.model.identity import DIGESTS
 from compress.model.side_files import refresh
 from compress.records import RECORD, Probe, Record, Report, now, read_record
 from compress.report.write import write_model_card, write_report
 from compress.stages.contract import Result
 from compress.system.files import commit, link_or_copy, unwritable, write_text
-from compress.system.fingerprint import digests
+from compress.system.fingerprint import digests, sha256
 from compress.system.locks import FileLock
 from compress.system.machine import versions
 
@@ -192,13 +192,14 @@ def check_output(output: Path) -> None:
         raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
 
 
-def write_output(artefact: Path, output: Path, report: Report) -> None:
+def write_output(artefact: Path, output: Path, report: Report, file: Path | None = None) -> None:
     """Give an output the files of a finished checkpoint, its report and its model card, all by one rename.
 
     Args:
         artefact: the checkpoint.
         output: folder to write; what a user added to an earlier result in it stays.
         report: says where it lies then.
+        file: that holds the weights instead of the artefact's own; None where these do.
 
     Raises:
         OutputError: the folder holds something else, or can't be written.
@@ -207,7 +208,7 @@ def write_output(artefact: Path, output: Path, report: Report) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _publish(artefact, partial)
+        _publish(artefact, partial, file)
         write_report(report, partial)
         write_model_card(report, partial)
         check_output(output)
@@ -217,15 +218,24 @@ def write_output(artefact: Path, output: Path, report: Report) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
-def _publish(artefact: Path, output: Path) -> None:
+def _publish(artefact: Path, output: Path, weights: Path | None) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
-        if file.suffix == ".safetensors":
-            link_or_copy(file, output / file.name)
+        if file.suffix in (".safetensors", ".gguf"):
+            if weights is None:
+                link_or_copy(file, output / file.name)
+        elif weights is not None and file.name == INDEX:
+            pass  # of safetensors
         elif file.is_dir():
             shutil.copytree(file, output / file.name)
         else:
             shutil.copy2(file, output / file.name)
+    record = read_record(output)
+    if weights is not None and record is not None:
+        link_or_copy(weights, output / weights.name)
+        files = {name: digest for name, digest in record.files.items() if (output / name).is_file()}
+        record = record.model_copy(update={"files": files | {weights.name: sha256(weights)}})
+        write_text(output / RECORD, record.model_dump_json(indent=2) + "\n")
 
 
 def _keep_foreign(output: Path, replacement: Path) -> None:

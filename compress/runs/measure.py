@@ -18,7 +18,7 @@ from compress.data.calibration import TokenSet, load_windows
 from compress.errors import CalibrationError
 from compress.evaluation.base import continuations, texts_file
 from compress.evaluation.compare import CODE_VERSION, compare
-from compress.evaluation.served import Engine, difference, serve
+from compress.evaluation.served import difference, serve
 from compress.evaluation.speed import compare_speed
 from compress.evaluation.tasks.ask import Scores
 from compress.evaluation.tasks.compared import task_records
@@ -36,6 +36,7 @@ from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.locks import made_once
 from compress.system.memory import available
+from compress.system.programs import Engine
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from pathlib import Path
 from compress.data.sources import source_files
 from compress.errors import CalibrationError, ModelError, RecipeError
 from compress.evaluation.tasks.names import task_problems
+from compress.forecast_records import Forecast
 from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.shapes import Shapes, check_depth, check_length, parameter_count, remarks
@@ -22,10 +23,13 @@ from compress.recipe.schema import Recipe
 from compress.recipe.text import CalibrationSpec, SourceSpec
 from compress.recipe.train import BASE, DistillStage, FinetuneStage
 from compress.recipe.types import StageSpec
+from compress.runs.foreseen import memory_words, time_words
 from compress.stages import KINDS
-from compress.stages.contract import Plan, Setting
+from compress.stages.contract import Place, Plan, Setting
 from compress.system.fingerprint import sha256
 from compress.system.units import size
+
+_ONE_CPU = Place()
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class RunPlan:
         parts: the stages in order.
         warnings: a line each.
         models: folders of other models that stages name.
+        place: where it will run.
     """
 
     recipe: Recipe
@@ -64,6 +69,7 @@ class RunPlan:
     parts: Sequence[Part]
     warnings: Sequence[str]
     models: Mapping[str, Path]
+    place: Place = Place()
 
     @property
     def stages(self) -> list[Plan]:
@@ -89,14 +95,23 @@ class RunPlan:
         done = self.parts[index]
         parts = [*self.parts[:index], replace(done, plan=replace(done.plan, shapes=shapes))]
         for number, part in enumerate(self.parts[index + 1 :], index + 1):
-            following = [each.spec for each in self.parts[number + 1 :]]
-            setting = Setting(f"stages.{part.number}", self.text, following, self.base, self.models)
-            found: Plan = KINDS[part.spec.kind].plan().plan(part.spec, shapes, setting)
+            found = self._planned(number, shapes, self.place)
             parts.append(replace(part, plan=found))
             assert found.shapes is not None
             shapes = found.shapes
         _check(parts)
         return replace(self, parts=parts)
+
+    def forecast(self, number: int, shapes: Shapes, place: Place) -> Forecast | None:
+        """What a stage takes that begins now, on these shapes in this place."""
+        return self._planned(number, shapes, place).forecast
+
+    def _planned(self, number: int, shapes: Shapes, place: Place) -> Plan:
+        """The plan of a stage on other shapes, or in another place."""
+        part, following = self.parts[number], [each.spec for each in self.parts[number + 1 :]]
+        setting = Setting(f"stages.{part.number}", self.text, following, self.base, self.models, place)
+        found: Plan = KINDS[part.spec.kind].plan().plan(part.spec, shapes, setting)
+        return found
 
     def lines(self, work: Path) -> list[str]:
         """What a dry run prints.
@@ -107,27 +122,32 @@ class RunPlan:
         assert self.base is not None, "a dry run has the model"
         free = size(shutil.disk_usage(_existing(work)).free)
         rows = [("model", f"{self.recipe.model}: {parameter_count(self.base):,} parameters, {size(self.base.bytes)}")]
-        for stage in self.stages:
-            assert stage.shapes is not None
-            rows += [
-                *stage.lines[:1],
-                (
-                    "result",
-                    f"about {size(stage.shapes.bytes)}, {self.base.bytes / stage.shapes.bytes:.2f} times smaller",
-                ),
-                *stage.lines[1:],
-                ("disk", f"about {size(stage.disk_bytes)} under {work}, {free} free"),
-            ]
+        for spec, stage in zip(self.specs, self.stages, strict=True):
+            assert stage.shapes is not None and stage.forecast is not None
+            result = f"{stage.shapes.bytes:,} bytes" + (" or so" if stage.forecast.about else "")
+            smaller = f"{self.base.bytes / stage.shapes.bytes:.2f} times smaller"
+            rows += [*stage.lines[:1], ("result", f"{result} ({size(stage.shapes.bytes)}), {smaller}")]
+            rows += stage.lines[1:]
+            if words := memory_words(stage.forecast):
+                text = f" ({self.text.samples} x {self.text.length} calibration tokens)" if spec.calibrates else ""
+                rows.append(("memory", words + text))
+            if stage.forecast.disk_bytes is not None:
+                rows.append(("disk", f"about {size(stage.forecast.disk_bytes)} under {work}, {free} free"))
+            if words := time_words(spec, stage, self.place, work):
+                rows.append(("time", words))
         return [f"{label:<9}{text}" for label, text in [*rows, ("output", self.recipe.output)]]
 
 
-def plan_run(recipe: Recipe, folder: Path | None, models: Mapping[str, Path] | None = None) -> RunPlan:
+def plan_run(
+    recipe: Recipe, folder: Path | None, models: Mapping[str, Path] | None = None, place: Place = _ONE_CPU
+) -> RunPlan:
     """Check a recipe against its model.
 
     Args:
         recipe: valid.
         folder: the model; None where it is not here: then only what the recipe alone shows is looked at.
         models: folders of other models that its stages name, those that are here.
+        place: where it will run.
 
     Raises:
         ModelError: a damaged or unsupported model, or sequences longer than its positions.
@@ -139,8 +159,8 @@ def plan_run(recipe: Recipe, folder: Path | None, models: Mapping[str, Path] | N
     positions = None if base is None else positions_of(base.config)
     text = fitted_calibration(recipe, positions)
     windows = (recipe.evaluate and recipe.evaluate.sequence_length) or fitting_length(positions)
-    parts = _fold(recipe, base, text, models or {})
-    planned = RunPlan(recipe, base, text, windows, parts, (), models or {})
+    parts = _fold(recipe, base, text, models or {}, place)
+    planned = RunPlan(recipe, base, text, windows, parts, (), models or {}, place)
     said = [*_flattered(planned), *shortened(recipe, positions), *([] if base is None else remarks(base))]
     if base is not None:
         _check_lengths(planned, base)
@@ -157,15 +177,17 @@ def other_models(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(name for name in named if name not in (None, BASE)))
 
 
-def _fold(recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models: Mapping[str, Path]) -> list[Part]:
+def _fold(
+    recipe: Recipe, base: Checkpoint | None, text: CalibrationSpec, models: Mapping[str, Path], place: Place
+) -> list[Part]:
     """Plans of all stages, each on the shapes that the one before leaves; all their problems at once."""
     shapes: Shapes | None = base
     parts: list[Part] = []
     for number, stage in enumerate(recipe.stages):
-        behind = Setting(f"stages.{number}", text, recipe.stages[number + 1 :], base, models)
+        behind = Setting(f"stages.{number}", text, recipe.stages[number + 1 :], base, models, place)
         specs = KINDS[stage.kind].parts(stage, shapes, behind)
-        for place, spec in enumerate(specs):
-            following = [*specs[place + 1 :], *recipe.stages[number + 1 :]]
+        for nth, spec in enumerate(specs):
+            following = [*specs[nth + 1 :], *recipe.stages[number + 1 :]]
             setting = replace(behind, following=following)
             parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
             shapes = parts[-1].plan.shapes

@@ -16,10 +16,10 @@ import torch
 
 from compress import records
 from compress.data.calibration import TokenSet, load_calibration
-from compress.errors import DscompressError, OutputError, RecipeError, UserError
+from compress.errors import OutputError, RecipeError, UserError
 from compress.evaluation.base import check_base
-from compress.evaluation.served import Engine, find_engine
-from compress.evaluation.stock import kept_ready
+from compress.evaluation.served import find_engine
+from compress.evaluation.stock import kept_ready, start_anew
 from compress.evaluation.tasks.ask import Scores
 from compress.evaluation.tasks.compared import base_scores
 from compress.evaluation.verify import probe_of, probe_tokens
@@ -42,6 +42,8 @@ from compress.runs.artefact import (
     write_output,
 )
 from compress.runs.builds import check_planned
+from compress.runs.foreseen import place_now, with_forecast
+from compress.runs.gguf_file import check_writable, make_gguf, with_gguf, writes_gguf
 from compress.runs.measure import Measurement, answers, prompts_of, read_windows, with_figures
 from compress.runs.plan import RunPlan, other_models, plan_run
 from compress.stages import KINDS
@@ -52,6 +54,8 @@ from compress.system.files import make_writable, writing
 from compress.system.fingerprint import fingerprint
 from compress.system.locks import FileLock, InUseError, remove_unused_locks
 from compress.system.machine import machine, versions
+from compress.system.memory import available, fitting
+from compress.system.programs import Engine
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
@@ -100,39 +104,26 @@ def run(
         raise RecipeError([f"{recipe.name}: has a sweep, which gives many results; use dscompress sweep"])
     work = None if work_dir is None else Path(work_dir).absolute()
     job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
-    with job.in_its_place(), _fitting(), ExitStack() as kept:
+    with job.in_its_place(), fitting(), job.loader_ahead(), ExitStack() as kept:
         job.prepare(kept)
         parent, parent_id = job.base, job.base_id
         stages = []
-        with job.loader_ahead():
-            for number in range(len(job.planned.parts)):
-                spec = job.planned.specs[number]
-                if spec.starts_from is not None:
-                    parent, job.layers = Checkpoint(job.models[spec.starts_from]), None
-                artefact, stage = job.find(spec, parent, parent_id, kept)
-                if stage is None:
-                    result = job.work_of(number, parent, parent_id, artefact)()
-                    stage = job.commit(artefact, result, parent_id)
-                parent, parent_id = Checkpoint(artefact.folder), artefact.key
-                job.went_through(number, stage, artefact, parent)
-                stages.append(stage)
-            return job.finish(stages) if distributed.leave() else None
+        for number in range(len(job.planned.parts)):
+            spec = job.planned.specs[number]
+            if spec.starts_from is not None:
+                parent, job.layers = Checkpoint(job.models[spec.starts_from]), None
+            artefact, stage = job.find(spec, parent, parent_id, kept)
+            if stage is None:
+                foreseen = job.planned.forecast(number, parent, place_now(job.context))
+                result = job.work_of(number, parent, parent_id, artefact)()
+                stage = job.commit(artefact, with_forecast(result, foreseen), parent_id)
+            parent, parent_id = Checkpoint(artefact.folder), artefact.key
+            job.went_through(number, stage, artefact, parent)
+            stages.append(stage)
+        return job.finish(stages) if distributed.leave() else None
 
 
-@contextmanager
-def _fitting() -> Iterator[None]:
-    """Turn running out of memory into one line; torch says it as a RuntimeError, by its words on a CPU."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = str(error)
-        if isinstance(error, RuntimeError) and "out of memory" not in words and "can't allocate memory" not in words:
-            raise
-        raise DscompressError(
-            f"out of memory ({words.splitlines()[0] if words else 'MemoryError'}); use fewer or shorter calibration "
-            "sequences (--set calibration.samples=32), a smaller micro_batch in a stage that trains, or a device with "
-            "more, then run again to continue"
-        ) from error
+_ROOMY = 16 * 2**30  # free bytes of a GPU, of which a waiting loader may hold half a gigabyte
 
 
 class _Job:
@@ -215,7 +206,12 @@ class _Job:
         base = self.base = self.planned.base
         for line in self.planned.warnings:
             self.reporter.warn(line)
-        self.engine = None if recipe.serve is None or distributed.rank() else find_engine(recipe.serve.python)
+        gguf = writes_gguf(recipe)  # which llama.cpp serves
+        if gguf:
+            check_writable(recipe, base)
+        self.engine = None
+        if recipe.serve is not None and not gguf and distributed.rank() == 0:
+            self.engine = find_engine(recipe.serve.python)
         if isinstance(self.engine, str):  # now, not after hours
             self.reporter.warn(f"serve: {self.engine}")
         tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
@@ -228,6 +224,9 @@ class _Job:
         self.base_id = distributed.first(lambda: identity(base, self.work))
         prompts = prompts_of(recipe.evaluate) if self.planned.stages[-1].generates else []
         check_base(base, self.base_id, self.context, self.cache, prompts, self.fresh)
+        device = self.context.device
+        if device.type == "cuda" and available(device, self.max_memory) < _ROOMY:
+            start_anew()
         if recipe.evaluate is not None and recipe.evaluate.tasks is not None:
             self.scores = distributed.first(self._base_scores)
 
@@ -237,8 +236,8 @@ class _Job:
         return base_scores(self.base, self.base_id, spec, self.context, answers(self.cache), self.fresh, stock)
 
     def loader_ahead(self) -> AbstractContextManager[None]:
-        """Beside a GPU the processor has time to get the stock loader ready."""
-        if self.context.device.type == "cuda" and distributed.rank() == 0:
+        """Beside a GPU the processor has time to get the stock loader ready, for the base and for the result."""
+        if distributed.rank() == 0 and pick_device(self.device, self.max_memory).type == "cuda":
             return kept_ready()
         return nullcontext()
 
@@ -301,8 +300,13 @@ class _Job:
 
     def finish(self, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""
+        made = None
+        if writes_gguf(self.recipe):
+            made = make_gguf(self.recipe, self.made[-1], self.base, self.base_id, self.work, self.reporter)
         report = self._report(stages)
-        write_output(self.made[-1].folder, self.output, report)
+        if made is not None:
+            report = with_gguf(report, made)
+        write_output(self.made[-1].folder, self.output, report, None if made is None else made.path)
         return report
 
     def _report(self, stages: list[records.Stage]) -> records.Report:

@@ -9,9 +9,10 @@ from compress.errors import ModelError, RecipeError, UserError
 from compress.evaluation.tasks.names import task_problems
 from compress.model.arch import check_code, depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint
+from compress.model.gguf.block_types import BlockType
 from compress.model.identity import identity
 from compress.model.shapes import check_length, check_vocabulary, model_dtype
-from compress.model.source import resolve_model
+from compress.model.source import gguf_of, resolve_model
 from compress.model.tokenizer import load_tokenizer
 from compress.recipe.lengths import fitting_length
 from compress.recipe.schema import EvaluateSpec
@@ -22,8 +23,9 @@ from compress.system.progress import Reporter
 if TYPE_CHECKING:
     from compress.data.calibration import TokenSet
     from compress.evaluation.verify import Check
+    from compress.formats.base import AnyGrid
     from compress.loop.context import Context
-    from compress.quant.grid import FakeQuantize, Grid
+    from compress.quant.grid import FakeQuantize
 
 
 def evaluate(
@@ -47,7 +49,7 @@ def evaluate(
 
     Args:
         base: a folder, hub id or GGUF file.
-        candidate: a checkpoint folder, dense or quantized, whoever wrote it.
+        candidate: a checkpoint folder, dense or quantized, whoever wrote it; or a GGUF file, or a folder with one.
         text: a text or jsonl file, or a bundled text.
         sequence_length: tokens per window; None is 2048, or as many as the base has positions.
         windows: how many; None takes the whole text.
@@ -73,7 +75,9 @@ def evaluate(
     spec = _tasks(tasks, task_files, limit, fewshot, chat)
     reporter, work = reporter or Reporter(), Path(work_dir).absolute()
     original = Checkpoint(resolve_model(str(base), None, work, reporter.say))
-    result = _candidate(candidate, original, trust_remote_code)
+    file = gguf_of(Path(candidate))
+    folder = Path(candidate) if file is None else resolve_model(str(file), None, work, reporter.say)
+    result = _candidate(folder, original, trust_remote_code)
     check_code(original.config, str(base), trust_remote_code)
     sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
@@ -161,7 +165,7 @@ def verify(
     """Check that a checkpoint opens and says what it should, in the precision of its record.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: its folder; or a GGUF file, or a folder with one, which llama.cpp is asked about.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         trust_remote_code: let code that comes with the model run.
         serve: the Python of an environment whose vLLM opens it too, or "auto"; None asks no vLLM.
@@ -177,9 +181,14 @@ def verify(
 
     from compress.evaluation.served import check_served, find_engine
     from compress.evaluation.verify import verify_checkpoint
+    from compress.runs.gguf_file import verify_gguf
     from compress.system.compute import pick_device, pick_dtype
 
     folder = Path(checkpoint)
+    if (file := gguf_of(folder)) is not None:
+        if serve is not None:
+            raise UserError(f"--serve {serve}: vLLM is not asked about .gguf files; llama.cpp is, without it")
+        return verify_gguf(file)
     check_code(Checkpoint(folder).config, str(checkpoint), trust_remote_code)
     place = pick_device(device)
     record = read_record(folder)
@@ -224,7 +233,9 @@ def inspect(checkpoint: str | Path) -> list[str]:
     return lines
 
 
-def _stored(grid: "Grid", inputs: "FakeQuantize | None") -> str:
+def _stored(grid: "AnyGrid", inputs: "FakeQuantize | None") -> str:
+    if isinstance(grid, BlockType):
+        return f"{grid.name} blocks"
     if grid.rows == -1 or (inputs and grid.group_size == -1):
         scope = "one scale" if grid.rows == -1 else "a scale per row"
     else:

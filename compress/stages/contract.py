@@ -13,8 +13,9 @@ A kind is a package with two modules (compress/stages/__init__.py lists them):
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from compress.forecast_records import Forecast
 from compress.model.shapes import Shapes
 from compress.recipe.text import CalibrationSpec
 from compress.recipe.types import StageSpec
@@ -22,6 +23,25 @@ from compress.records import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where stages will run.
+
+    Args:
+        device: "cpu" or "cuda".
+        width: bytes of a number in the forward passes.
+        free: bytes of the device's memory that may be used; None: as many as are wanted.
+        held: bytes that the process has resident already; None: what its libraries usually take.
+        world: processes that share the work.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    width: int = 2
+    free: int | None = None
+    held: int | None = None
+    world: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class Setting:
         following: the stages behind it.
         base: shapes of the recipe's model, before any stage; None where it is not here.
         models: folders of other models that stages name, by what the recipe calls them; those that are here.
+        place: where it runs.
     """
 
     where: str
@@ -41,6 +62,7 @@ class Setting:
     following: Sequence[StageSpec] = ()
     base: Shapes | None = None
     models: Mapping[str, Path] = field(default_factory=dict)
+    place: Place = Place()
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,7 @@ class Plan:
         problems: why it can't be done, a line each, all at once; each starts with the key of the recipe.
         warnings: what is no mistake but should be heard before the run, a line each.
         lines: what a dry run prints, as (label, text).
-        disk_bytes: free space wanted while it runs.
+        forecast: what it will take; None where the model is not here, or it can't be done.
         splits: whether several processes can share the work.
         generates: whether transformers alone opens the result, so that it can be asked to continue prompts.
         spec: the stage with what follows from the model filled in, which is what runs; None: as it was.
@@ -63,7 +85,7 @@ class Plan:
     problems: Sequence[str] = ()
     warnings: Sequence[str] = ()
     lines: Sequence[tuple[str, str]] = ()
-    disk_bytes: int = 0
+    forecast: Forecast | None = None
     splits: bool = False
     generates: bool = True
     spec: StageSpec | None = None

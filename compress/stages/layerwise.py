@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress import records
 from compress.errors import NumericalError
+from compress.forecast_records import Forecast
 from compress.loop.activations import Activations
 from compress.loop.context import Context
 from compress.loop.finite import all_finite
@@ -33,6 +34,7 @@ from compress.system.files import write_text
 from compress.system.memory import PeakMemory
 
 _OUTER = "outer.safetensors"
+_PACE = 2  # the layer whose time the others are taken to need: the first one pays for what starts with it
 
 
 class LayerTransform(ABC):
@@ -120,18 +122,19 @@ class Layerwise:
         parts = [self.output / f"layer-{index:05d}.safetensors" for index in range(stream.depth)]
         if distributed.rank() == 0:
             self.output.mkdir(parents=True, exist_ok=True)
-        finished = distributed.first(lambda: [part.exists() for part in parts])
+        finished = distributed.first(lambda: [part.exists() and _note(part).exists() for part in parts])
         if any(finished):
             self.context.reporter.say(f"continuing behind {sum(finished)} finished layers")
         check_finite(self.parent.load(self._outer_names(), self.context.device))
         calibration, probe = self._begin(stage)
-        layers = []
+        layers, foreseen = [], None
         with _Writer() as writer, self.context.reporter.task(self.spec.title, stream.depth, "layer") as advance:
             for index, part in enumerate(parts):
+                begun = time.monotonic()
                 if finished[index]:
                     layers.append(self._replay(stage, index, part, calibration))
                 else:
-                    begun, raw = time.monotonic(), stage.load(stream, index)
+                    raw = stage.load(stream, index)
                     tensors, modules = stage.transform(index, raw, calibration, probe)
                     del raw  # the next layer is read by then
                     seconds = time.monotonic() - begun
@@ -140,6 +143,9 @@ class Layerwise:
                 stream.run_layer(index, probe)
                 stream.empty_layer(index)
                 advance()
+                if foreseen is None and sum(not each for each in finished[: index + 1]) == _PACE:
+                    ended = time.monotonic()
+                    foreseen = ended - started + (ended - begun) * (stream.depth - index - 1)
         stream.close()
         outside, logits = self._outside(stage, calibration, probe)
         if distributed.rank() == 0:
@@ -149,7 +155,7 @@ class Layerwise:
             kind=self.spec.kind, spec=self.spec.model_dump(mode="json"), seconds=time.monotonic() - started,
             peak_memory_bytes=host, peak_gpu_memory_bytes=gpu, cached=False, device=self._where(),
             dtype=str(self.context.dtype).removeprefix("torch."), resumed_layers=sum(finished),
-            layers=layers + outside,
+            layers=layers + outside, forecast=Forecast(seconds=foreseen),
         )  # fmt: skip
         return Result(record, logits)
 
@@ -170,12 +176,11 @@ class Layerwise:
 
     def _replay(self, stage: LayerTransform, index: int, part: Path, calibration: Activations | None) -> records.Layer:
         """Put a finished layer's weights back and run it."""
-        tensors, metadata = read_part(part)
-        tensors = {name: tensor.to(self.context.device) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(self.context.device) for name, tensor in read_part(part)[0].items()}
         self.stream.fill_layer(index, stage.restore(index, tensors))
         if calibration is not None:
             self.stream.run_layer(index, calibration)
-        return records.Layer.model_validate_json(metadata["layer"])
+        return records.Layer.model_validate_json(_note(part).read_text(encoding="utf-8"))
 
     def _outer_names(self) -> list[str]:
         """Names of the tensors outside the decoder layers."""
@@ -249,7 +254,13 @@ def _write(part: Path, tensors: dict[str, Tensor], layer: records.Layer, stream:
     """Write a layer's tensors; a GPU copies them in `stream`, beside what it computes by then."""
     with torch.cuda.stream(stream):
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    write_part(part, tensors, {"layer": layer.model_dump_json()})
+    write_text(_note(part), layer.model_dump_json())  # in front of the part, which says that the layer is done
+    write_part(part, tensors, {})
+
+
+def _note(part: Path) -> Path:
+    """Where what the report says of a layer is kept: not in the part, which may become a shard of the result."""
+    return part.with_suffix(".json")
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

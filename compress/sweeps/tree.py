@@ -62,8 +62,9 @@ def tree(plans: dict[str, RunPlan]) -> dict[str, Node]:
     for name, plan in plans.items():
         level = roots
         for key, part in zip(chain(plan), plan.parts, strict=True):
-            spec = part.plan.spec or part.spec
-            node = level.setdefault(key, Node(key, spec.title, part.plan.disk_bytes))
+            spec, foreseen = part.plan.spec or part.spec, part.plan.forecast
+            disk = 0 if foreseen is None else foreseen.disk_bytes or 0
+            node = level.setdefault(key, Node(key, spec.title, disk))
             node.points.append(name)
             level = node.children
     return roots

@@ -1,11 +1,9 @@
 """Where to compute and in what precision."""
 
-import platform
-from pathlib import Path
-
 import torch
 
 from compress.errors import UserError
+from compress.system.machine import fast_bf16
 
 
 def pick_device(name: str, max_memory: int | None = None) -> torch.device:
@@ -42,12 +40,4 @@ def pick_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.float16 if stored == torch.float16 else torch.bfloat16
-    return torch.bfloat16 if _fast_bf16() else torch.float32
-
-
-def _fast_bf16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
-    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+    return torch.bfloat16 if fast_bf16() else torch.float32

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and what the system says against writing them, as one line."""
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -64,6 +65,31 @@ def commit(finished: Path, final: Path) -> None:
         final.replace(old)
     finished.replace(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A folder beside a path that is gone afterwards; those of processes that were killed go too."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = old.name.split(".")[-2]
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def link_or_copy(file: Path, target: Path) -> None:

@@ -48,6 +48,13 @@ def processor() -> tuple[str, list[str]]:
     return _name(found) + version, [flag for flag in _MATTERS if flag in flags]
 
 
+def fast_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 natively."""
+    found = _cpuinfo()
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
+
+
 def waited() -> float:
     """Seconds so far that this process's threads were ready to run while others had the cores, as Linux counts them."""
     total = 0

@@ -3,9 +3,12 @@
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from compress.errors import DscompressError
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +65,11 @@ def _free(device: "torch.device") -> int:
 
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, and free
         return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return free_here()
+
+
+def free_here() -> int:
+    """Bytes that can still be allocated in this machine's memory, within the limits of the process."""
     free = physical()
     with suppress(OSError, StopIteration, ValueError):
         rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -79,3 +87,23 @@ def _free(device: "torch.device") -> int:
 def physical() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Turn running out of memory into one line; torch says it as a RuntimeError, by its words on a CPU.
+
+    Raises:
+        DscompressError: memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in words and "can't allocate memory" not in words:
+            raise
+        raise DscompressError(
+            f"out of memory ({words.splitlines()[0] if words else 'MemoryError'}); use fewer or shorter calibration "
+            "sequences (--set calibration.samples=32), a smaller micro_batch in a stage that trains, or a device with "
+            "more, then run again to continue"
+        ) from error

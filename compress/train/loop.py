@@ -12,7 +12,7 @@ Sharding and states are torch's own, and no loader has to be skipped forward whe
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from compress.system.progress import Reporter
 from compress.train import state
 from compress.train.guard import Guard, held_out_problem
 from compress.train.log import Log
+from compress.train.progress import Foresight, Progress, best_of, pairs
 from compress.train.schedule import rate
 from compress.train.trainee import Inputs, Taught, Trainee, inputs_of
 
@@ -75,27 +76,6 @@ class Settings:
     save_every: int | None
 
 
-@dataclass
-class Progress:
-    """Where training stands, and what has been seen: kept beside each state."""
-
-    step: int = 0
-    slower: float = 1.0  # factor of the rate
-    scored: int = 0
-    seconds: float = 0.0  # of the steps up to here
-    earlier: float = 0.0  # seconds that earlier processes trained, measured and saved
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    rolled_back: list[int] = field(default_factory=list)
-    stopped: str | None = None
-    ended: bool = False
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best measurement."""
-        return best_of(self.held_out)
-
-
 class Loop:
     """One run of training.
 
@@ -114,6 +94,9 @@ class Loop:
         after_step: called behind each step of the optimizer.
         kept_in: the dtypes in which parameters' best weights are kept; the trainee's own for others.
         flops: operations for one token, and those of all devices in a second; None where that is not known.
+
+    Attributes:
+        foresight: how long it will take, from the first steps on.
     """
 
     def __init__(
@@ -141,6 +124,7 @@ class Loop:
         self._since: list[float] = []  # losses since the last point of the curve
         self._guard = Guard()
         self._began = time.monotonic()
+        self.foresight = Foresight(settings.steps, settings.evaluate_every)
 
     def run(self) -> Progress:
         """Train to the end, from the newest state that there is; the trainee has the best weights then.
@@ -154,6 +138,7 @@ class Loop:
         self._began = time.monotonic()
         try:
             self._resume()
+            self.foresight = Foresight(self.settings.steps - self.progress.step, self.settings.evaluate_every)
             self._train()
             self._take_best()
         finally:
@@ -240,6 +225,7 @@ class Loop:
         progress.step += 1
         progress.scored += scored
         progress.seconds += seconds
+        self.foresight.took(seconds)
         progress.ended = progress.step >= settings.steps
         self._since.append(loss)
         if progress.ended or len(self._since) >= max(1, settings.steps // 200):
@@ -257,7 +243,7 @@ class Loop:
         settings, progress, world = self.settings, self.progress, distributed.world()
         if not settings.held_out or (progress.held_out and progress.held_out[-1][0] == progress.step):
             return None
-        own = list(settings.held_out[distributed.rank() :: world])
+        own, began = list(settings.held_out[distributed.rank() :: world]), time.monotonic()
         rounds = -(-len(settings.held_out[::world]) // settings.micro_batch)  # the same in all processes
         sums: dict[str, Tensor] = {}
         count = 0
@@ -269,6 +255,7 @@ class Loop:
             _add(sums, {"loss": loss if places else torch.zeros_like(loss)})
             count += len(inputs.rows) if places else 0
         loss_ = _means(sums, distributed.total(count), self.device)["loss"]
+        self.foresight.measured(time.monotonic() - began)
         if (problem := held_out_problem(loss_)) is not None:
             return problem
         before = progress.best
@@ -342,7 +329,7 @@ class Loop:
             return
         notes = state.load(folder, self.trainee, self.optimizer)
         self._since, self._guard = notes.pop("since"), Guard(notes.pop("usual"))
-        self.progress = Progress(**{**notes, "losses": _pairs(notes["losses"]), "held_out": _pairs(notes["held_out"])})
+        self.progress = Progress(**{**notes, "losses": pairs(notes["losses"]), "held_out": pairs(notes["held_out"])})
 
     def _notes(self) -> dict[str, Any]:
         """What is kept beside a state."""
@@ -366,7 +353,7 @@ class Loop:
 
     def _kept(self, states: set[Path]) -> set[Path]:
         """States, and the best weights of each and of now."""
-        best = [self.progress.best, *(best_of(_pairs(state.read_notes(each)["held_out"])) for each in states)]
+        best = [self.progress.best, *(best_of(pairs(state.read_notes(each)["held_out"])) for each in states)]
         return states | {state.best_of_step(self.folder, each[0]) for each in best if each is not None}
 
     def _take_best(self) -> None:
@@ -389,12 +376,3 @@ def _means(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[st
     """Sums over all processes, divided by a count."""
     stacked = torch.stack(list(sums.values())).to(device)
     return dict(zip(sums, (distributed.all_reduce(stacked) / max(1, count)).tolist(), strict=True))
-
-
-def best_of(held_out: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
-    """Step and loss of the best measurement; of equals the later one."""
-    return min(reversed(held_out), key=lambda each: each[1], default=None)
-
-
-def _pairs(rows: Sequence[Sequence[Any]]) -> list[tuple[int, float]]:
-    return [(int(step), float(value)) for step, value in rows]

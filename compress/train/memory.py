@@ -15,7 +15,7 @@ _MASTER = 4 + 4  # bytes of a float32 weight and its gradient
 _MOMENTS: dict[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2.1}
 _CHUNK = 1_300_000_000  # of logits, on a GPU
 _TOKENS = {"cuda": 32768, "cpu": 4096}  # in a forward pass; more are no faster
-_LIBRARIES = 800_000_000
+LIBRARIES = 800_000_000
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Demand:
         if self.teacher is not None:
             head = self.teacher.vocabulary * self.teacher.hidden
             teacher = self.teacher.parameters // self.world + (0 if self.world == 1 else 2 * head)
-        loss = own.vocabulary * own.hidden * (4 + width) + (_CHUNK if self.device == "cuda" else _CHUNK // 4)
+        logits = setup.micro_batch * self.length * own.vocabulary  # or as many as a chunk of them has
+        chunk = min(_CHUNK, (8 + width) * logits) if self.device == "cuda" else min(_CHUNK // 4, 40 * logits)
+        loss = own.vocabulary * own.hidden * (4 + width) + chunk
         kept = self._layer_bytes(own) + (own.layers - 1) * (
             own.hidden * width * self.length if setup.again else self._layer_bytes(own)
         )
@@ -71,7 +73,7 @@ class Demand:
             kept += self._layer_bytes(self.teacher) // 2
         states = 6 * self.length * own.hidden * width
         held = (masters + frozen) / self.world + copies * width + teacher * width
-        return int(held + loss + setup.micro_batch * (kept + states) + _LIBRARIES)
+        return int(held + loss + setup.micro_batch * (kept + states) + LIBRARIES)
 
     def _layer_bytes(self, body: Body) -> int:
         """What a layer keeps of a sequence for its backward pass: inputs of its products, and float32 in its norms."""

@@ -164,6 +164,10 @@ def test_a_kept_loader_answers_one_request_after_another_and_is_replaced_where_i
         with stock.kept_ready():  # of a run in a sweep: the loader is the sweep's
             assert stock._kept == [first] and first.ready
         assert first.ready
+        stock.start_anew()
+        (second,) = stock._kept
+        assert second is not first and not first.ready and second.ready
+        first = second
         refused = stock.ask(Request(str(folder / "nothing"), "cpu", "float32", tokens))
         assert refused.failure is not None and refused.logits is None and not first.ready
         found = logits()

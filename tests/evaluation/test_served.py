@@ -18,12 +18,13 @@ from random_models import load_stock, make_model, random_tokens
 
 from compress.errors import RecipeError
 from compress.evaluation import served, vllm_client
-from compress.evaluation.served import Engine, check_served, examine, find_engine, run_client, serve
+from compress.evaluation.served import VLLM, Engine, check_served, examine, find_engine, serve
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.load import load_recipe
 from compress.records import Report
 from compress.served_records import Apart, Served
+from compress.system.programs import run_client
 from compress.system.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -241,7 +242,7 @@ def test_what_vllm_said_is_quoted(tmp_path: Path, model: Path, case: str) -> Non
 def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     python = program(tmp_path / "python", f"sleep 300 & echo $! > {tmp_path}/child; sleep 300")
     start = time.monotonic()
-    answer = run_client(python, {}, 0.5)
+    answer = run_client(python, VLLM.client, {}, 0.5, {})
     assert answer == {"failure": "no answer in 0 s, so it was stopped"}
     assert time.monotonic() - start < 30
     child = int((tmp_path / "child").read_text())
@@ -261,7 +262,7 @@ def test_an_interruption_ends_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
     with pytest.raises(KeyboardInterrupt):
-        run_client(python, {}, 60)
+        run_client(python, VLLM.client, {}, 60, {})
     assert is_gone(int((tmp_path / "group").read_text()))
 
 
@@ -274,7 +275,7 @@ def test_where_memory_is_short_nothing_is_started(tmp_path: Path, model: Path) -
 
 def test_environments_without_vllm_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_engine(sys.executable) == (
-        f"{sys.executable}: has no vLLM; name the Python of an environment that has it, or run make clients"
+        f"{sys.executable}: has no vLLM; name the Python of an environment that has it, or run make clients in a clone"
     )
     broken = tmp_path / "broken"
     broken.write_text("no program")
@@ -282,7 +283,7 @@ def test_environments_without_vllm_are_told(tmp_path: Path, monkeypatch: pytest.
     said = find_engine(str(broken))
     assert isinstance(said, str) and said.startswith(f"{broken}: can't be started (")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(served, "__file__", str(tmp_path / "a" / "b" / "served.py"))
+    monkeypatch.setattr("compress.system.programs.CLONE", tmp_path)
     assert find_engine(None) == (
         f"vLLM is not installed here and there is no .venv-vllm in {tmp_path}; run make clients in a clone, or name "
         "the Python of an environment that has it"
@@ -371,7 +372,9 @@ def test_a_run_ends_well_where_vllm_refuses(desk: Desk) -> None:
 def test_a_run_ends_well_without_vllm_and_says_so_before_it_computes(desk: Desk) -> None:
     done = invoke(*QUICK, "--set", f"serve.python={sys.executable}")
     assert done.exit_code == 0, done.stderr
-    note = f"{sys.executable}: has no vLLM; name the Python of an environment that has it, or run make clients"
+    note = (
+        f"{sys.executable}: has no vLLM; name the Python of an environment that has it, or run make clients in a clone"
+    )
     assert done.stderr.index(f"warning: serve: {note}\n") < done.stderr.index("verifying")
     assert f"served      vLLM was not asked: {note}\n" in done.stdout
     assert report_of(desk).served == Served(engine="vLLM", opened=False, passed=False, note=note)
@@ -404,7 +407,7 @@ def test_verify_asks_vllm_too(desk: Desk, model: Path) -> None:
     assert missing.exit_code == 2 and missing.stdout == ""
     assert missing.stderr == (
         f"error: --serve {sys.executable}: {sys.executable}: has no vLLM; name the Python of an environment that has "
-        "it, or run make clients\n"
+        "it, or run make clients in a clone\n"
     )
 
 

@@ -44,7 +44,7 @@ def dry_run(file: Path) -> list[str]:
     """What each stage comes to."""
     result = invoke("run", file, "--dry-run", "--work-dir", file.parent / "work")
     assert result.exit_code == 0, result.stderr
-    return re.findall(r"result +about (.+?),", result.stdout)
+    return re.findall(r"result +[\d,]+ bytes \((.+?)\),", result.stdout)
 
 
 @pytest.mark.parametrize("name", STAGES)

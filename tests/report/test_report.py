@@ -53,7 +53,7 @@ def _record(layers: int = 3) -> dict[str, Any]:
         "compressed": {
             "path": "out/tiny", "bytes": int(compressed), "parameters": parameters,
             "bits_per_weight": 8 * compressed / parameters, "quantized_bits_per_weight": 4.5,
-            "format": "compressed-tensors",
+            "format": "compressed-tensors", "file": None,
         },
         "size_ratio": 2 * parameters / compressed,
         "quality": {
@@ -79,6 +79,10 @@ def _record(layers: int = 3) -> dict[str, Any]:
                 "cached": False, "device": "cpu", "dtype": "float32", "resumed_layers": 1, "layers": _layers(layers),
                 "pruned": None, "trained": None, "parameters": None, "bytes": None, "perplexity": None, "kl": None,
                 "format": "compressed-tensors", "quantized_bits_per_weight": 4.5,
+                "forecast": {
+                    "output_bytes": int(compressed), "about": False, "memory_bytes": 1_250_000_000,
+                    "gpu_memory_bytes": None, "disk_bytes": 2 * int(compressed), "seconds": 62.0,
+                },
             }
         ],
         "calibration": {

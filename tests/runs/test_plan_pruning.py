@@ -95,8 +95,8 @@ def test_a_dry_run_prints_the_shape_and_both_shares() -> None:
     )
     assert "stage    prune ffn, heads (greedy, compensated)\n" in printed
     assert [line.split()[0] for line in printed.splitlines()] == [
-        "model", "stage", "result", "shape", "removed", "memory", "disk",
-        "stage", "result", "memory", "disk", "output",
+        "model", "stage", "result", "shape", "removed", "memory", "disk", "time",
+        "stage", "result", "memory", "disk", "time", "output",
     ]  # fmt: skip
     assert not Path("out").exists() and not Path(".dscompress").exists()
 

@@ -69,7 +69,7 @@ def test_the_stage_behind_it_is_planned_on_what_it_leaves(folder: Path) -> None:
     write(folder, "{kind: scale, factor: 2, width: 96}", "{kind: quantize, group_size: 32}")
     planned = dscompress(folder, "run", "recipe.yaml", "--dry-run").stdout.splitlines()
     assert [line.split()[0] for line in planned] == [
-        "model", "stage", "result", "disk", "stage", "result", "memory", "disk", "output",
+        "model", "stage", "result", "disk", "time", "stage", "result", "memory", "disk", "time", "output",
     ]  # fmt: skip
     ran = dscompress(folder, "run", "recipe.yaml", "--device", "cpu")
     assert ran.returncode == 0, ran.stderr

@@ -24,7 +24,8 @@ from compress.errors import NumericalError, OutputError, UserError
 from compress.system.progress import Reporter
 from compress.train import sharded, state
 from compress.train.log import Log, tracker_problem
-from compress.train.loop import Loop, Place, Progress, Settings
+from compress.train.loop import Loop, Place, Settings
+from compress.train.progress import Progress
 from compress.train.schedule import rate
 from compress.train.trainee import Inputs, inputs_of
 

@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "phi3": Family("phi3"),
+    "smollm3": Family("smollm3", interleaved=True),
     "gemma": Family("gemma", norms_plus_one=True),
     "gemma2": Family("gemma2", norms_plus_one=True, large=46),
     "gemma3": Family("gemma3_text", norms_plus_one=True, large=62),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UserError
-from compress.model.checkpoint import MAX_SHARD_BYTES, merge_parts, write_part
+from compress.model.checkpoint import merge_parts, write_part
 from compress.model.gguf.config import Family, family_of, model_config
 from compress.model.gguf.header import Gguf, GgufTensor, open_gguf
 from compress.model.gguf.keys import REMEDY
 from compress.model.gguf.rope import FREQS, LONG, SHORT
 from compress.model.gguf.tokenizer import make_tokenizer, special_ids
+from compress.model.layout import MAX_SHARD_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor

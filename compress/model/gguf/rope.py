@@ -118,7 +118,7 @@ def _from_factors(gguf: Gguf, factors: list[float], base: float, rotary: int) ->
     for factor in (max(factors), 2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
         for original in (8192, *(1 << power for power in range(5, 22))):
             candidate = {**_LLAMA3, "factor": factor, "original_max_position_embeddings": original}
-            made = [_llama3_factor(candidate, base ** (2 * i / rotary)) for i in range(rotary // 2)]
+            made = [llama3_factor(candidate, base ** (2 * i / rotary)) for i in range(rotary // 2)]
             if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(made, factors, strict=True)):
                 return candidate
     raise gguf.error(
@@ -127,7 +127,7 @@ def _from_factors(gguf: Gguf, factors: list[float], base: float, rotary: int) ->
     )
 
 
-def _llama3_factor(scaling: dict[str, Any], period: float) -> float:
+def llama3_factor(scaling: dict[str, Any], period: float) -> float:
     """What the frequency is divided by whose wave is 2 pi `period` tokens long."""
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     waves = scaling["original_max_position_embeddings"] / (2 * math.pi * period)

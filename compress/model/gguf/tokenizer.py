@@ -41,7 +41,7 @@ _DEEPSEEK_V3 = [
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
 # What splits text, one after the other; "digits": each digit alone; "gpt2": as GPT-2 does.
-_WORDS: dict[str, list[str]] = {
+WORDS: dict[str, list[str]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), ["gpt2"]),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"), ["digits", "gpt2"]),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), _LLAMA3),
@@ -53,8 +53,8 @@ _WORDS: dict[str, list[str]] = {
     "deepseek-v3": _DEEPSEEK_V3,
 }
 # A word that is a token is one, whatever the merges say; and BOS comes first unless the file says otherwise.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-_COMPOSED = ("qwen2",)  # text is brought into Unicode's form NFC before
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+COMPOSED = ("qwen2",)  # text is brought into Unicode's form NFC before
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _READ = {
     *("model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token", "add_space_prefix"),
@@ -145,33 +145,34 @@ def _byte_level(gguf: Gguf, tokens: list[str]) -> "Tokenizer":
     merges: list[Any] = [tuple(str(merge).split(" ", 1)) for merge in gguf.keys["tokenizer.ggml.merges"]]
     vocabulary = {token: no for no, token in enumerate(tokens)}
     try:
-        made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
+        made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     except Exception as error:  # what the tokenizers library raises for a merge of unknown tokens is Exception itself
         reason = str(error).removeprefix("Error while initializing BPE: ")
         raise gguf.error(f"its merges do not fit its tokens ({reason}); {REMEDY}") from error
-    if pre in _COMPOSED:
+    if pre in COMPOSED:
         made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = _words(gguf, pre)
+    if pre not in WORDS:
+        said = "is missing" if pre is None else f"is {pre!r}"
+        raise gguf.error(
+            f"tokenizer.ggml.pre {said}, so how to split text into words is not known; supported: "
+            f"{', '.join(sorted(WORDS))}; {REMEDY}"
+        )
+    made.pre_tokenizer = words(pre)
     made.decoder = decoders.ByteLevel()
     return made
 
 
-def _words(gguf: Gguf, pre: str | None) -> "pre_tokenizers.PreTokenizer":
+def words(pre: str) -> "pre_tokenizers.PreTokenizer":
+    """What splits text into words, by a name that `WORDS` has."""
     from tokenizers import Regex, pre_tokenizers
 
-    if pre not in _WORDS:
-        said = "is missing" if pre is None else f"is {pre!r}"
-        raise gguf.error(
-            f"tokenizer.ggml.pre {said}, so how to split text into words is not known; supported: "
-            f"{', '.join(sorted(_WORDS))}; {REMEDY}"
-        )
     steps: list[Any] = []
-    for step in _WORDS[pre]:
+    for step in WORDS[pre]:
         if step == "digits":
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         elif step != "gpt2":
             steps.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="gpt2" in _WORDS[pre])
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="gpt2" in WORDS[pre])
     return pre_tokenizers.Sequence([*steps, last]) if steps else last
 
 
@@ -236,7 +237,7 @@ def _add_ends(gguf: Gguf, made: "Tokenizer", named: dict[str, str | None], ids: 
     from tokenizers import processors
 
     is_sentencepiece = gguf.keys["tokenizer.ggml.model"] == "llama"
-    usual = {"bos": is_sentencepiece or gguf.keys.get("tokenizer.ggml.pre") in _WHOLE_WORDS, "eos": False}
+    usual = {"bos": is_sentencepiece or gguf.keys.get("tokenizer.ggml.pre") in WHOLE_WORDS, "eos": False}
     added = {}
     for end in ("bos", "eos"):
         if gguf.keys.get(f"tokenizer.ggml.add_{end}_token", usual[end]):

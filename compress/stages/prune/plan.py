@@ -7,7 +7,8 @@ from functools import cache, partial
 from typing import Any
 
 from compress.errors import ModelError
-from compress.model.arch import depth_of
+from compress.forecast_records import Forecast
+from compress.model.layout import by_layer, merged_bytes
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
 from compress.prune.axes import Anatomy, Dims, anatomy, smaller_config
 from compress.prune.search import nearest_legal, search
@@ -15,13 +16,13 @@ from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.shape import Shape
 from compress.recipe.types import StageSpec
 from compress.stages.contract import Plan, Setting
+from compress.stages.memory import Load, forecast, largest_layer, solver_bytes
 from compress.system.units import count, size
 
 _WIDE, _NARROW = 128, 64  # what kernels like widths to be a multiple of, in large models and in small ones
 _NARROW_UNDER = 2048
 _LEAST_STEPS = 4  # a width that has fewer multiples than that takes smaller ones
 _COMPARED = 3  # shapes, by `allocate: auto`
-_LIBRARIES = 700_000_000  # bytes
 _AMPLE = 20  # calibration tokens for each input, from which on `damp` alone holds solved weights back
 
 
@@ -59,8 +60,8 @@ def plan(spec: PruneStage | PatternStage, shapes: Shapes | None, setting: Settin
     return Plan(
         after,
         warnings=warnings_of(spec, body, best, setting),
-        lines=_lines(spec, body, chosen, shapes, setting),
-        disk_bytes=2 * len(chosen) * after.bytes,
+        lines=_lines(spec, body, chosen),
+        forecast=_forecast(spec, body, after, len(chosen), setting),
         spec=resolved(spec, chosen),
         builds=True,
     )
@@ -258,8 +259,7 @@ def planned_shapes(body: Anatomy, dims: Dims) -> PlannedShapes:
         width = info.bytes // max(1, math.prod(info.shape))
         tensors[name] = replace(info, shape=shape, bytes=width * math.prod(shape))
     config = smaller_config(body, dims, range(dims.layers))
-    header = 120 * len(tensors)
-    return PlannedShapes(parent, config, tensors, header + sum(info.bytes for info in tensors.values()))
+    return PlannedShapes(parent, config, tensors, merged_bytes(by_layer(tensors, modules.layers), {}))
 
 
 def resolved(spec: PruneStage, chosen: Sequence[Dims]) -> PruneStage:
@@ -304,9 +304,7 @@ def warnings_of(spec: PruneStage, body: Anatomy, dims: Dims, setting: Setting) -
     return lines
 
 
-def _lines(
-    spec: PruneStage, body: Anatomy, chosen: Sequence[Dims], shapes: Shapes, setting: Setting
-) -> list[tuple[str, str]]:
+def _lines(spec: PruneStage, body: Anatomy, chosen: Sequence[Dims]) -> list[tuple[str, str]]:
     how = spec.ranking + (", compensated" if spec.compensate else "")
     how += "" if spec.reconstruct == "off" else f", reconstructed ({spec.reconstruct_steps} steps)"
     rows = [("stage", f"{spec.title} ({how})")]
@@ -317,14 +315,20 @@ def _lines(
         rows.append(
             ("", "the one with the least divergence on the calibration text is taken; sizes above are the first's")
         )
-    text, dims = setting.text, body.dims
-    layer = max(1, shapes.bytes * body.total[1] // max(1, body.total[0]) // dims.layers)
-    states = 2 * 2 * text.samples * text.length * (3 * dims.hidden + max(dims.ffn, dims.heads * dims.head_dim))
-    squares = 20 * max(dims.ffn, dims.heads * dims.head_dim) ** 2
-    outside = shapes.bytes - layer * dims.layers
-    held = 5 if spec.reconstruct == "off" else 16  # float32 weights, gradients and moments
-    memory = held * layer + squares + (states if spec.calibrates else 0) + outside + _LIBRARIES
-    return [*rows, ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)")]
+    return rows
+
+
+def _forecast(spec: PruneStage, body: Anatomy, after: PlannedShapes, shapes: int, setting: Setting) -> Forecast:
+    """What it takes: the largest of its linears solved beside the layer and the one that it becomes."""
+    stored, _ = largest_layer(body.shapes)
+    trains, dims, text = spec.reconstruct != "off", body.dims, setting.text
+    held = (16 if trains else 5) * stored  # float32 weights, gradients and moments
+    widest = max(dims.ffn, dims.heads * dims.head_dim)
+    tokens = text.samples * text.length if spec.calibrates else 0
+    solver = solver_bytes(widest, widest * dims.hidden, hessian=True)
+    load = Load(tokens, after, held, solver, 0, 4 if trains else 2)
+    disk = 2 * shapes * after.bytes
+    return forecast(load, body.shapes, setting.place, after.bytes, disk, about=shapes > 1)
 
 
 def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
@@ -345,18 +349,16 @@ def _pattern_plan(spec: PatternStage, shapes: Shapes, setting: Setting) -> Plan:
     if problems:
         return Plan(shapes, problems)
     warnings = [_zeros_lost(spec, stage, number) for number, stage in later if stage.kind == "quantize"]
-    widths = [shape[1] for shape in linears.values()]
-    inside = sum(info.bytes for name, info in shapes.tensors.items() if name.startswith(modules.layers + "."))
-    models = 2 if spec.method == "sparsegpt" else 1
-    states = models * 2 * text.samples * text.length * (5 * min(widths) + max(widths))
-    memory = 5 * inside // (depth_of(shapes.config) or 1) + shapes.bytes - inside + _LIBRARIES
-    memory += states + 20 * max(widths) ** 2 if spec.calibrates else 0
-    lines = [
-        ("stage", f"{spec.title}: {len(linears)} matrices; the zeros are stored, so the size stays"),
-        ("memory", f"about {size(memory)} ({text.samples} x {text.length} calibration tokens)"),
-    ]
-    after = PlannedShapes(shapes, dict(shapes.config), shapes.tensors, shapes.bytes)
-    return Plan(after, warnings=list(filter(None, warnings)), lines=lines, disk_bytes=2 * shapes.bytes)
+    output = merged_bytes(by_layer(shapes.tensors, modules.layers), {})
+    lines = [("stage", f"{spec.title}: {len(linears)} matrices; the zeros are stored, so the size stays")]
+    after = PlannedShapes(shapes, dict(shapes.config), shapes.tensors, output)
+    widest = max(linears.values(), key=lambda shape: shape[1])
+    tokens = text.samples * text.length if spec.calibrates else 0
+    beside = shapes if spec.method == "sparsegpt" else None
+    solver = solver_bytes(widest[1], math.prod(widest), hessian=spec.calibrates)
+    load = Load(tokens, beside, 5 * largest_layer(shapes)[0], solver, 0, 2)
+    found = forecast(load, shapes, setting.place, output, 2 * output)
+    return Plan(after, warnings=list(filter(None, warnings)), lines=lines, forecast=found)
 
 
 def _zeros_lost(spec: PatternStage, stage: StageSpec, number: int) -> str:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress.errors import ModelError
+from compress.forecast_records import Forecast
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.prune.axes import Anatomy, Dims, anatomy
 from compress.recipe.prune import PatternStage, PruneStage
 from compress.recipe.shape import Shape
+from compress.records import Stage
 from compress.stages.contract import Result
 from compress.stages.layerwise import Layerwise
 from compress.stages.prune import blocks, scores
@@ -61,10 +63,12 @@ def _to(dims: Dims, spec: PruneStage, parent: Checkpoint, body: Anatomy, output:
     started, memory = time.monotonic(), PeakMemory(context.device)
     stage = Pruning(spec, parent, body, dims, output, context)
     host, gpu = memory.peak()  # of the ranking
+    ranked = time.monotonic() - started
     result = Layerwise(spec, parent, stage.stream, output, context).run(stage)
     record = result.record
     figures = {
         "pruned": stage.figures(),
+        "forecast": (record.forecast or Forecast()).later(ranked),
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": _most(host, record.peak_memory_bytes),
         "peak_gpu_memory_bytes": _most(gpu, record.peak_gpu_memory_bytes),
@@ -93,5 +97,13 @@ def _best(
     assert best.record.pruned is not None
     tried = {words(dims, body.dims): kl for dims, (kl, _, _) in zip(shapes, results, strict=True)}
     pruned = best.record.pruned.model_copy(update={"tried": tried})
-    seconds = sum(result.record.seconds for _, _, result in results)
-    return replace(best, record=best.record.model_copy(update={"pruned": pruned, "seconds": seconds}))
+    whole = [result.record for _, _, result in results]
+    figures = {"pruned": pruned, "seconds": sum(each.seconds for each in whole), "forecast": _together(whole)}
+    return replace(best, record=best.record.model_copy(update=figures))
+
+
+def _together(stages: Sequence[Stage]) -> Forecast:
+    """What was foreseen of each shape in its turn, where it was of all."""
+    found = [each.forecast.seconds for each in stages if each.forecast is not None]
+    seconds = [each for each in found if each is not None]
+    return Forecast(seconds=sum(seconds) if len(seconds) == len(stages) else None)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.formats.base import AnyQuantized
 from compress.loop.activations import Activations
 from compress.loop.interleave import Passes
 from compress.loop.stream import LayerStream
 from compress.quant.activations import Sample, output_error, static_fake_quantize
 from compress.quant.gptq import round_to_nearest
-from compress.quant.grid import FakeQuantize, Grid, Quantized, dynamic_fake_quantize
+from compress.quant.grid import FakeQuantize, Grid, dynamic_fake_quantize
 from compress.recipe.quantize import WeightActivationStage
 from compress.records import Module
 from compress.stages.quantize.cache_scales import CacheScales
@@ -159,7 +160,7 @@ class ActivationScales:
             for name, each in solved.items()
         }
 
-    def _describe(self, module: Module, quantized: Quantized, weights: Mapping[str, Tensor]) -> Module:
+    def _describe(self, module: Module, quantized: AnyQuantized, weights: Mapping[str, Tensor]) -> Module:
         name, rounding = module.name, self.rounding[module.name]
         more: dict[str, Any] = {"inputs": "dynamic" if rounding.scale is None else "static"}
         if self._sample is not None:

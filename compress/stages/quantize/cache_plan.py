@@ -2,14 +2,14 @@
 
 from compress.errors import RecipeError
 from compress.model.shapes import LAYER, Shapes
-from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.recipe.quantize import QuantizeStage, WeightActivationStage
 
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")  # what loaders read, once for all layers
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 ONE_FOR_ALL = "and loaders know one for all layers; use kv_cache: null"
 
 
-def check_cache(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> None:
+def check_cache(spec: QuantizeStage, checkpoint: Shapes, where: str) -> None:
     """Refuse an 8-bit cache for layers whose keys and values have widths of their own.
 
     Args:

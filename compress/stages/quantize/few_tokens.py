@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.recipe.quantize import QuantizeStage
 from compress.stages.quantize.matrix import Matrix
 
 AMPLE = 8  # tokens for each input, from which on a Hessian is taken as it is: with fewer, it lost to rounding
@@ -39,9 +39,7 @@ def trust(tokens: int, inputs: int) -> float:
     return tokens / (tokens + _STRENGTH * inputs) if is_few(tokens, inputs) else 1.0
 
 
-def few_tokens(
-    spec: WeightOnlyStage | WeightActivationStage, matrices: Sequence[Matrix], tokens: int, sequence_length: int
-) -> list[str]:
+def few_tokens(spec: QuantizeStage, matrices: Sequence[Matrix], tokens: int, sequence_length: int) -> list[str]:
     """A warning for a stage that has few calibration tokens for its widest matrix, or none.
 
     Args:

@@ -16,6 +16,7 @@ class Matrix:
         rows: rows that share a scale beside the columns of a group; -1 means all of them.
         dtype: of the codes: int, or fp8.
         inputs: how its inputs are rounded: dynamic, static, auto (one of them, chosen by error); None: not at all.
+        block: ggml's block type, which says the rest; None: no such type.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Matrix:
     rows: int = 1
     dtype: str = "int"
     inputs: str | None = None
+    block: str | None = None
 
     @property
     def groups(self) -> int:
@@ -35,6 +37,8 @@ class Matrix:
     @property
     def kind(self) -> str:
         """What it becomes, in a few words."""
+        if self.block is not None:
+            return self.block
         return f"{self.dtype}{self.bits} {self.inputs}" if self.inputs else f"{self.bits} bits g{self.group_size}"
 
     @property

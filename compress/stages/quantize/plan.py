@@ -3,36 +3,39 @@
 All from config.json and safetensors headers. Never imports torch, so that `validate` answers at once.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from compress.errors import RecipeError
-from compress.formats.facts import FACTS, bytes_on_disk
+from compress.formats.facts import FACTS
 from compress.formats.openers import gptq_head, per_head_cache, refusals
 from compress.model.arch import width_of
 from compress.model.checkpoint import TensorInfo
-from compress.model.shapes import LAYER, PlannedShapes, Shapes, find_modules, is_tied, model_dtype, parameter_count
+from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied
+from compress.recipe.gguf import GgufStage
 from compress.recipe.messages import did_you_mean
-from compress.recipe.quantize import GroupSize, WeightActivationStage, WeightOnlyStage
+from compress.recipe.quantize import GroupSize, QuantizeStage, WeightActivationStage, WeightOnlyStage
+from compress.recipe.weights import WeightStage
 from compress.stages.contract import Plan, Setting
+from compress.stages.memory import Load, forecast, largest_layer, solver_bytes
+from compress.stages.quantize.block_plan import block_lines, block_matrices, block_problems
 from compress.stages.quantize.cache_plan import check_cache
 from compress.stages.quantize.few_tokens import few_tokens
 from compress.stages.quantize.matrix import Matrix
-from compress.system.units import size
+from compress.stages.quantize.written import output_bytes
 
-_HEADER_BYTES = 120  # that a tensor takes in a file's header, about
 _HEADS = ("lm_head", "embed_out")  # names by which an output head may be called, whatever the checkpoint calls it
 _BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
-def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, setting: Setting) -> Plan:
+def plan(spec: QuantizeStage, shapes: Shapes | None, setting: Setting) -> Plan:
     """What the stage will do to a model of these shapes; None where it is not here."""
     where, text = setting.where, setting.text
-    splits = isinstance(spec, WeightOnlyStage)
+    splits = isinstance(spec, WeightStage)
     warnings = gptq_head(where) if isinstance(spec, WeightOnlyStage) and spec.format == "gptq" and spec.lm_head else []
     if shapes is None:
         return Plan(None, warnings=warnings, splits=splits)
@@ -44,27 +47,26 @@ def plan(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes | None, s
     if problem := _reference_problem(spec, shapes, setting):
         return Plan(shapes, problems=[problem], warnings=warnings, splits=splits)
     warnings += few_tokens(spec, matrices, text.samples * text.length, text.length)
-    found = estimate(spec, matrices, shapes, text.samples, text.length)
+    output = output_bytes(spec, matrices, shapes)
+    about = isinstance(spec, GgufStage) or any(matrix.inputs == "auto" for matrix in matrices)
     kinds = ", ".join(sorted({matrix.kind for matrix in matrices}))
-    lines = [
-        ("stage", f"{spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}"),
-        (
-            "memory",
-            f"about {size(found.memory_bytes)} ({text.samples} x {text.length} calibration tokens)",
-        ),
-    ]
+    lines = [("stage", f"{spec.kind} {spec.method}: {len(matrices)} matrices, {kinds}, format {spec.format}")]
+    if isinstance(spec, GgufStage):
+        lines += block_lines(spec, matrices, shapes)
     modules, kind = find_modules(shapes), str(shapes.config.get("model_type"))
-    warnings += refusals(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
+    if not isinstance(spec, GgufStage):  # llama.cpp takes each matrix by itself
+        warnings += refusals(spec.layout, matrices, modules.linears, modules.embeddings, kind, where)
     if isinstance(spec, WeightActivationStage) and spec.kv_cache == "fp8_per_head":
         warnings += per_head_cache(where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
-    after = PlannedShapes(shapes, config, shapes.tensors, found.output_bytes)
-    return Plan(after, (), warnings, lines, found.disk_bytes, splits, generates=FACTS[spec.layout].stock is None)
+    after = PlannedShapes(shapes, config, shapes.tensors, output)
+    found = forecast(_load(spec, matrices, shapes, setting), shapes, setting.place, output, 2 * output, about)
+    return Plan(after, (), warnings, lines, found, splits, generates=FACTS[spec.layout].stock is None)
 
 
-def _reference_problem(spec: WeightOnlyStage | WeightActivationStage, shapes: Shapes, setting: Setting) -> str | None:
+def _reference_problem(spec: QuantizeStage, shapes: Shapes, setting: Setting) -> str | None:
     """Why the outputs of the recipe's own model can't be aimed at."""
-    if not isinstance(spec, WeightOnlyStage) or spec.reference == "parent" or setting.base is None:
+    if not isinstance(spec, WeightStage) or spec.reference == "parent" or setting.base is None:
         return None
     widths = width_of(setting.base.config), width_of(shapes.config)
     if widths[0] == widths[1]:
@@ -75,7 +77,7 @@ def _reference_problem(spec: WeightOnlyStage | WeightActivationStage, shapes: Sh
     )
 
 
-def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Shapes, where: str) -> list[Matrix]:
+def plan_matrices(spec: QuantizeStage, checkpoint: Shapes, where: str) -> list[Matrix]:
     """The matrices that a quantize stage will quantize.
 
     Args:
@@ -90,9 +92,11 @@ def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Sha
     shapes = dict(modules.linears)
     vocabulary = checkpoint.tensors.get(f"{modules.embeddings}.weight")
     head = checkpoint.tensors.get(f"{modules.head}.weight", vocabulary)
-    if isinstance(spec, WeightOnlyStage) and spec.lm_head and head is not None:
+    blocks = isinstance(spec, GgufStage)
+    own_head = blocks and f"{modules.head}.weight" in checkpoint.tensors and not is_tied(checkpoint, modules)
+    if head is not None and (own_head or (isinstance(spec, WeightOnlyStage) and spec.lm_head)):
         shapes[modules.head] = _two(head)
-    if isinstance(spec, WeightOnlyStage) and spec.embeddings and vocabulary is not None:
+    if vocabulary is not None and (blocks or (isinstance(spec, WeightOnlyStage) and spec.embeddings)):
         shapes[modules.embeddings] = _two(vocabulary)
     known = {name: (name,) for name in shapes} | {
         modules.head: (modules.head, *_HEADS),
@@ -104,8 +108,12 @@ def plan_matrices(spec: WeightOnlyStage | WeightActivationStage, checkpoint: Sha
     kept = [
         name for name in shapes if not any(fnmatchcase(alias, glob) for alias in known[name] for glob in spec.ignore)
     ]
-    matrices = [_matrix(name, shapes[name], spec) for name in kept]
-    problems += _indivisible(matrices, where)
+    if isinstance(spec, GgufStage):
+        matrices = block_matrices(spec, {name: shapes[name] for name in kept}, checkpoint)
+        problems += block_problems(checkpoint, where)
+    else:
+        matrices = [_matrix(name, shapes[name], spec) for name in kept]
+        problems += _indivisible(matrices, where)
     if not kept and not problems:
         problems.append(f"{where}.ignore: leaves nothing to quantize; remove some of its globs")
     if problems:
@@ -169,54 +177,22 @@ def _indivisible(matrices: Sequence[Matrix], where: str) -> list[str]:
     return problems
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take, in bytes; estimates from shapes.
-
-    Args:
-        base_bytes: the model's safetensors.
-        output_bytes: the checkpoint to be written.
-        memory_bytes: largest resident memory of the layer loop on a CPU that computes in 16 bits (one layer twice, its
-            largest Hessian and what solves it, a layer's inner activations for each model beside the other, embeddings
-            and head, libraries).
-        disk_bytes: free space wanted while it runs.
-        parameters: of the model.
-    """
-
-    base_bytes: int
-    output_bytes: int
-    memory_bytes: int
-    disk_bytes: int
-    parameters: int
-
-
-def estimate(
-    spec: WeightOnlyStage | WeightActivationStage,
-    matrices: Sequence[Matrix],
-    checkpoint: Shapes,
-    sequences: int,
-    sequence_length: int,
-) -> Estimate:
-    """Memory and disk of a quantize stage on this model with this much calibration text."""
-    modules = find_modules(checkpoint)
-    dtype = model_dtype(checkpoint)
-    packed = sum(bytes_on_disk(spec.layout, matrix, dtype) + 3 * _HEADER_BYTES for matrix in matrices)
-    replaced = {matrix.name for matrix in matrices} | ({modules.head} if is_tied(checkpoint, modules) else set())
-    output = checkpoint.bytes + packed - sum(_dense_bytes(checkpoint, name) for name in replaced)
-    layer: Counter[str] = Counter()
-    for name, info in checkpoint.tensors.items():
-        match = LAYER.fullmatch(name)
-        layer[match[2] if match and match[1] == modules.layers else "outside"] += info.bytes
-    outside = layer.pop("outside", 0)
-    hidden = width_of(checkpoint.config) or 0
-    widest = max(matrix.shape[1] for matrix in matrices)
-    in_layers = max((m.shape[1] for m in matrices if m.name.startswith(modules.layers)), default=widest)
-    models = 2 if isinstance(spec, WeightOnlyStage) and spec.correction else 1
-    activations = models * 2 * sequences * sequence_length * (5 * hidden + in_layers)
-    memory = 4 * max(layer.values()) + 20 * widest**2 + activations + outside + 700_000_000
-    return Estimate(checkpoint.bytes, output, memory, 2 * output, parameter_count(checkpoint))
-
-
-def _dense_bytes(checkpoint: Shapes, module: str) -> int:
-    info = checkpoint.tensors.get(f"{module}.weight")
-    return info.bytes if info is not None else 0
+def _load(spec: QuantizeStage, matrices: Sequence[Matrix], shapes: Shapes, setting: Setting) -> Load:
+    """What the stage does in the layer loop: weights as stored, as codes, as they run; one group solved at a time."""
+    inside, width = find_modules(shapes).layers + ".", setting.place.width
+    stored, weights = largest_layer(shapes)
+    models = 2 if isinstance(spec, WeightStage) and spec.correction else 1
+    layer = 2 * stored + (width + 1) * weights + (models * width * weights if stored != width * weights else 0)
+    if isinstance(spec, WeightActivationStage) and spec.smooth is not None:
+        layer += 4 * weights  # what is read becomes float32
+    groups: Counter[tuple[str, int]] = Counter()
+    for matrix in matrices:
+        place = matrix.name.removeprefix(inside).partition(".")[0] if matrix.name.startswith(inside) else ""
+        groups[place, matrix.shape[1]] += math.prod(matrix.shape)
+    solves = spec.weight_rounding == "gptq"
+    solvers = {place: solver_bytes(inputs, number, solves) for (place, inputs), number in groups.items() if place}
+    heads = [solver_bytes(inputs, number, solves) for (place, inputs), number in groups.items() if not place]
+    tokens = setting.text.samples * setting.text.length if spec.calibrates else 0
+    return Load(
+        tokens, shapes if models == 2 else None, layer, max(solvers.values(), default=0), max(heads, default=0), models
+    )

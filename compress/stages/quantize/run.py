@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress import records
 from compress.errors import RecipeError
-from compress.formats.base import DTYPES
+from compress.formats.base import DTYPES, AnyGrid, AnyQuantized
 from compress.formats.facts import measured_bits
 from compress.formats.table import FORMATS
 from compress.loop.activations import Activations
@@ -24,12 +24,15 @@ from compress.loop.reference import Pair, ReferenceModel
 from compress.loop.stream import LayerStream
 from compress.model.arch import ATTENDED
 from compress.model.checkpoint import Checkpoint
+from compress.model.gguf.block_types import BLOCK_TYPES
 from compress.model.shapes import find_modules, has_own_head, is_tied, model_dtype
 from compress.prune.axes import LINEARS
 from compress.quant.error_propagation import PropagatedError
-from compress.quant.grid import FakeQuantize, Grid, Quantized
+from compress.quant.grid import FakeQuantize, Grid
 from compress.quant.statistics import Gram, gram
-from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.recipe.gguf import GgufStage
+from compress.recipe.quantize import QuantizeStage, WeightActivationStage, WeightOnlyStage
+from compress.recipe.weights import WeightStage
 from compress.stages.contract import Result
 from compress.stages.layerwise import LayerTransform, Layerwise
 from compress.stages.quantize.activations import ActivationScales
@@ -44,7 +47,7 @@ CODE_VERSION = 7
 _LAST = tuple(name for name, (_, columns) in LINEARS.items() if columns == ("ffn",))  # a layer's last linear
 
 
-def run(spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, output: Path, context: Context) -> Result:
+def run(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> Result:
     """Quantize the linears of a checkpoint.
 
     Args:
@@ -114,7 +117,7 @@ class _Layer:
 class _Quantization(LayerTransform):
     """One quantize stage under way."""
 
-    def __init__(self, spec: WeightOnlyStage | WeightActivationStage, parent: Checkpoint, context: Context) -> None:
+    def __init__(self, spec: QuantizeStage, parent: Checkpoint, context: Context) -> None:
         self.spec, self.parent, self.context = spec, parent, context
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
@@ -130,12 +133,13 @@ class _Quantization(LayerTransform):
         models = 2 if self.solver.correction else 1
         self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, self._room(models))
         self.reference: ReferenceModel | None = None
-        aims_at_base = isinstance(spec, WeightOnlyStage) and spec.reference == "base"
+        aims_at_base = isinstance(spec, WeightStage) and spec.reference == "base"
         self.original = context.base if aims_at_base else None  # None: the parent
         self.inputs: ActivationScales | None = None
         self.embedded: dict[str, Solved] = {}
         if isinstance(spec, WeightActivationStage):
-            self.inputs = ActivationScales(spec, self.matrices, self.grids, self.stream, self.format.rounds_inputs)
+            grids = {name: grid for name, grid in self.grids.items() if isinstance(grid, Grid)}
+            self.inputs = ActivationScales(spec, self.matrices, grids, self.stream, self.format.rounds_inputs)
 
     def _room(self, models: int) -> float:
         """Bytes that the activations of each of so many models may take."""
@@ -152,7 +156,9 @@ class _Quantization(LayerTransform):
     def _embeddings(self) -> list[str]:
         return [name for name in self.matrices if name == self.modules.embeddings]
 
-    def _grid(self, matrix: Matrix) -> Grid:
+    def _grid(self, matrix: Matrix) -> AnyGrid:
+        if matrix.block is not None:
+            return BLOCK_TYPES[matrix.block]
         return Grid(
             matrix.bits, matrix.group_size, matrix.symmetric, self.format.scale_dtype(self.dtype),
             self.format.zero_minimum, signed_scale=matrix.inputs is None, float8=matrix.dtype == "fp", rows=matrix.rows,
@@ -171,7 +177,7 @@ class _Quantization(LayerTransform):
         check_modules(self.stream, self.matrices)
         if self.spec.calibrates:
             check_calls(self.stream, self.matrices, probe)
-        if isinstance(self.spec, WeightOnlyStage):
+        if isinstance(self.spec, WeightOnlyStage):  # no loader puts blocks of a .gguf in a module's place
             check_weights(self.stream, self.matrices, probe, self.spec.format)
 
     def start(self, calibration: Activations | None, probe: Activations) -> None:
@@ -238,7 +244,7 @@ class _Quantization(LayerTransform):
     def _inside(self, layer: _Layer) -> list[str]:
         return [name for name in self.matrices if name.startswith(layer.prefix)]
 
-    def _weight(self, matrix: Quantized) -> Tensor:
+    def _weight(self, matrix: AnyQuantized) -> Tensor:
         """What a linear runs with, as loaders will have it."""
         return self.format.weight(matrix, self.context.dtype, self.format.dense(self.grids, self._embeddings()))
 
@@ -350,6 +356,8 @@ class _Quantization(LayerTransform):
             self.inputs.rounding if self.inputs else {},
             self.inputs.cache_strategy if self.inputs else None,
         )
+        if isinstance(self.spec, GgufStage):
+            config["quantization_config"]["mix"] = self.spec.type
         if self.modules.head in self.matrices or has_own_head(self.parent, self.modules):
             config["tie_word_embeddings"] = False
         if not config.get("dtype") and not config.get("torch_dtype"):

@@ -3,38 +3,48 @@
 Rows of a matrix are independent once its Hessian is known: each of several processes solves a share of them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compress import records
 from compress.errors import NumericalError, RecipeError
+from compress.formats.base import AnyGrid, AnyQuantized
 from compress.loop.finite import all_finite
+from compress.model.gguf.block_types import BlockType
 from compress.model.shapes import LAYER
 from compress.prune.patterns import solver_mask
+from compress.quant.block_gptq import block_gptq, block_order, block_rtn
+from compress.quant.block_refine import refine
+from compress.quant.blocks import Blocked
 from compress.quant.error_propagation import PropagatedError
 from compress.quant.gptq import Factor, Mask, factorize, gptq, importance, round_to_nearest, visiting_order
-from compress.quant.grid import Grid, Quantized
+from compress.quant.grid import Grid
 from compress.quant.scales import Clip
-from compress.recipe.quantize import WeightActivationStage, WeightOnlyStage
+from compress.recipe.quantize import QuantizeStage, WeightOnlyStage
+from compress.recipe.weights import WeightStage
 from compress.stages.quantize.few_tokens import damping, is_few, trust
 from compress.system import distributed
+
+_REFINED = 2  # rounds; more gain next to nothing
 
 
 @dataclass(frozen=True)
 class Solved:
     """One matrix after the solver, with what the report says of it."""
 
-    quantized: Quantized
+    quantized: AnyQuantized
     module: records.Module
 
 
 def measure(
-    weight: Tensor, quantized: Quantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None
+    weight: Tensor, quantized: AnyQuantized, hessian: Tensor | None, loss: Tensor | None, damp: float | None
 ) -> Tensor:
     """Squares of each row: of its weights, of their errors and, with a Hessian, of its outputs and their errors.
 
@@ -53,16 +63,24 @@ def measure(
 
 
 def describe(
-    name: str, quantized: Quantized, squares: Tensor, damp: float | None, fallback: str | None
+    name: str, quantized: AnyQuantized, squares: Tensor, damp: float | None, fallback: str | None
 ) -> records.Module:
     """What the report says of a matrix, from its rows' `squares`."""
     rows, columns = quantized.codes.shape
     weights, missed, *outputs = squares.sum(0).tolist()  # at once: a GPU is waited for
     error = max(0.0, _share(outputs[1], outputs[0])) if outputs else None
+    grid: dict[str, Any]
+    if isinstance(quantized, Blocked):
+        kind = quantized.type
+        bits = (len(kind.levels) - 1).bit_length()
+        grid = {"bits": bits, "group_size": kind.sub_width, "symmetric": not kind.has_min, "dtype": kind.name}
+    else:
+        own = quantized.grid
+        grid = {"bits": own.bits, "group_size": own.group_size, "symmetric": own.symmetric}
+        grid["dtype"] = "fp" if own.float8 else "int"
     return records.Module(
-        name=name, shape=(rows, columns), bits=quantized.grid.bits, damp=damp, fallback=fallback,
-        group_size=quantized.grid.group_size, symmetric=quantized.grid.symmetric, error=error,
-        weight_error=_share(missed, weights), dtype="fp" if quantized.grid.float8 else "int",
+        name=name, shape=(rows, columns), damp=damp, fallback=fallback, error=error,
+        weight_error=_share(missed, weights), **grid,
     )  # fmt: skip
 
 
@@ -76,10 +94,17 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _gather(part: Quantized, rows: int) -> Quantized:
-    """The whole matrix, of which each process has its share."""
-    codes, scale, zero = (distributed.gather_rows(each, rows) for each in (part.codes, part.scale, part.zero))
-    return Quantized(codes, scale, zero, part.grid)
+def _gathered(part: Tensor, count: int) -> Tensor:
+    """All rows of a tensor of which each process has its share."""
+    sent = part.int() if part.dtype == torch.int16 else part  # which NCCL does not send
+    return distributed.gather_rows(sent, count).to(part.dtype)
+
+
+def _each(matrix: AnyQuantized, change: Callable[[Tensor], Tensor]) -> AnyQuantized:
+    """The matrix with each of its tensors changed; all have its rows."""
+    parts: dict[str, Any] = {field.name: getattr(matrix, field.name) for field in fields(matrix)}
+    changed: dict[str, Any] = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(matrix, **changed)
 
 
 class _Plan(NamedTuple):
@@ -111,11 +136,9 @@ class Solver:
         pattern: of the zeros that matrices inside the layers get; None where the spec has none.
     """
 
-    def __init__(
-        self, spec: WeightOnlyStage | WeightActivationStage, grids: Mapping[str, Grid], tokens: int = 0
-    ) -> None:
+    def __init__(self, spec: QuantizeStage, grids: Mapping[str, AnyGrid], tokens: int = 0) -> None:
         self.spec, self.grids, self.tokens = spec, grids, tokens
-        self.correction = spec.correction if isinstance(spec, WeightOnlyStage) else 0.0
+        self.correction = spec.correction if isinstance(spec, WeightStage) else 0.0
         self.pattern = spec.pattern if isinstance(spec, WeightOnlyStage) else None
 
     def solve(
@@ -134,10 +157,11 @@ class Solver:
         for sums in (hessian, None if propagated is None else propagated.total()):
             if sums is not None:
                 distributed.all_reduce(sums)
-        by_grid: dict[tuple[Grid, str], list[str]] = {}
+        by_grid: dict[tuple[AnyGrid, str], list[str]] = {}
         for name in weights:
-            alone = name if self.grids[name].rows != 1 else ""  # rows of two matrices never share a scale
-            by_grid.setdefault((self.grids[name], alone), []).append(name)
+            grid = self.grids[name]
+            alone = name if isinstance(grid, Grid) and grid.rows != 1 else ""  # rows of two matrices share no scale
+            by_grid.setdefault((grid, alone), []).append(name)
         shares = {name: weight[distributed.rows(len(weight))] for name, weight in weights.items()}
         targets = [torch.cat([shares[name] for name in names]).float() for names in by_grid.values()]
         masks = [self._mask(target, hessian, names) for names, target in zip(by_grid.values(), targets, strict=True)]
@@ -149,20 +173,36 @@ class Solver:
         solved: dict[str, Solved] = {}
         for ((grid, _), names), target, mask in zip(by_grid.items(), targets, masks, strict=True):
             plan = self._plan(target, hessian, grid, names)
-            if plan.factor is None:
+            found: AnyQuantized
+            if isinstance(grid, BlockType):
+                found, loss = self._in_blocks(target, hessian, plan, grid)
+            elif plan.factor is None:
                 found, loss = round_to_nearest(_masked(target, hessian, mask), plan.importance, grid), None
             else:
                 found, loss = gptq(target, plan.factor, grid, plan.clip, mask)
             if hessian is not None and is_few(self.tokens, len(hessian)):
                 loss = None  # most of it is damping
             for name, rows in zip(names, _rows([shares[name] for name in names]), strict=True):
-                part = Quantized(found.codes[rows], found.scale[rows], found.zero[rows], grid)
+                part = _each(found, itemgetter(rows))
                 damp = None if plan.factor is None else plan.factor.damp
                 squares = measure(target[rows], part, hessian, None if loss is None else loss[rows], damp)
-                whole = _gather(part, len(weights[name]))
-                squares = distributed.gather_rows(squares, len(weights[name]))
+                count = len(weights[name])
+                whole = _each(part, partial(_gathered, count=count))
+                squares = distributed.gather_rows(squares, count)
                 solved[name] = Solved(whole, describe(name, whole, squares, damp, plan.fallback))
         return solved
+
+    def _in_blocks(
+        self, weight: Tensor, hessian: Tensor | None, plan: _Plan, kind: BlockType
+    ) -> tuple[Blocked, Tensor | None]:
+        """On ggml's grids; codes and scales are refined where there are tokens enough to trust the Hessian that far."""
+        if plan.factor is None or hessian is None:
+            assert plan.importance is not None, "no recipe leaves blocks without a search"
+            return block_rtn(weight, plan.importance, kind), None
+        found, loss = block_gptq(weight, plan.factor, kind, plan.clip)
+        if is_few(self.tokens, len(hessian)):
+            return found, loss
+        return refine(weight, found, hessian, plan.factor.damp, _REFINED)
 
     def _mask(self, weight: Tensor, hessian: Tensor | None, names: Sequence[str]) -> Mask | None:
         """Which weights become zero where a pattern is wanted: in matrices inside the layers.
@@ -178,7 +218,7 @@ class Solver:
             raise RecipeError([f"stages: pattern: {problem}; add it to ignore, or remove pattern"])
         return solver_mask(self.pattern, silent=hessian.diagonal() <= 0, zeros=weight == 0)
 
-    def _plan(self, weight: Tensor, hessian: Tensor | None, grid: Grid, names: list[str]) -> _Plan:
+    def _plan(self, weight: Tensor, hessian: Tensor | None, grid: AnyGrid, names: list[str]) -> _Plan:
         """The factor that the spec's solver wants; none without a Hessian, or where no damping repairs it."""
         clip = self.spec.clip or ("mse" if hessian is None else "hessian")
         if hessian is None:
@@ -187,7 +227,10 @@ class Solver:
         if not bool(all_finite(diagonal) & all_finite(weight)):
             raise NumericalError(f"NaN or inf in the inputs of {', '.join(names)}; the weights may be damaged")
         act_order = self.spec.act_order and self.pattern is None
-        order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), act_order)
+        if isinstance(grid, BlockType):
+            order = block_order(diagonal, grid, act_order)
+        else:
+            order = visiting_order(diagonal, grid.columns_per_group(weight.shape[1]), act_order)
         try:
             factor = factorize(hessian, order, damping(self.tokens, len(hessian), self.spec.damp))
         except NumericalError as error:

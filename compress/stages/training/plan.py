@@ -3,24 +3,27 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from compress.errors import UserError
+from compress.forecast_records import Forecast
 from compress.model.arch import depth_of, positions_of, width_of
 from compress.model.checkpoint import Checkpoint
+from compress.model.layout import by_layer, merged_bytes
 from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, parameter_count
 from compress.recipe.lengths import fitting_length
 from compress.recipe.load import load_training_texts
 from compress.recipe.text import TrainingText
 from compress.recipe.train import BASE, DistillStage, TrainStage
-from compress.stages.contract import Plan, Setting
+from compress.stages.contract import Place, Plan, Setting
 from compress.system.extras import missing_extra
 from compress.system.units import count, size
 from compress.train.body import Body
 from compress.train.flops import PEAKS, step_flops
 from compress.train.log import tracker_problem
-from compress.train.memory import Demand, Setup
+from compress.train.memory import LIBRARIES, Demand, Setup
 
 _BATCH_TOKENS, _LEAST_STEPS = 32_768, 100
 _EVALUATIONS = 10
@@ -56,14 +59,16 @@ def plan(spec: TrainStage, shapes: Shapes | None, setting: Setting) -> Plan:
     spec = resolved(spec, shapes, texts)
     after = _after(spec, shapes)
     student, length = body_of(after), int(texts[0].length)
-    demand = demand_of(spec, after, None if spec.targets == "cached" else teacher, length, 2, "cuda", 1)
+    asked, place = None if spec.targets == "cached" else teacher, setting.place
+    named = demand_of(spec, after, asked, length, 2, "cuda", 1)
+    here = demand_of(spec, after, asked, length, place.width, place.device, place.world)
     return Plan(
         after,
-        lines=_lines(spec, student, demand, None if teacher is None else body_of(teacher)),
-        disk_bytes=2 * after.bytes + 44 * trainable(spec, after) + (spec.after + spec.tokens) * 5,
+        lines=_lines(spec, student, named, None if teacher is None else body_of(teacher)),
+        forecast=_forecast(spec, after, here, place),
         splits=True,
         spec=spec,
-        builds=after is not shapes,
+        builds=after.config != shapes.config,
     )
 
 
@@ -272,16 +277,38 @@ def steps_of(tokens: int, batch: int, length: int) -> int:
     return max(1, -(-tokens // (batch * length)))
 
 
-def _after(spec: TrainStage, shapes: Shapes) -> Shapes:
-    """The student's shapes; a head that is tied from here on is stored no more."""
+def _after(spec: TrainStage, shapes: Shapes) -> PlannedShapes:
+    """The student's shapes; a tied head is not stored."""
     shape = spec.shape if isinstance(spec, DistillStage) else None
-    modules = find_modules(shapes)
-    if shape is None or not shape.tie_word_embeddings or is_tied(shapes, modules):
-        return shapes
-    head = f"{modules.head}.weight"
+    modules, config, head = find_modules(shapes), dict(shapes.config), ""
+    ties = shape is not None and bool(shape.tie_word_embeddings)
+    if is_tied(shapes, modules) or ties:
+        head = f"{modules.head}.weight"
+    if ties and not is_tied(shapes, modules):
+        config["tie_word_embeddings"] = True
     tensors = {name: info for name, info in shapes.tensors.items() if name != head}
-    lost = shapes.tensors[head].bytes if head in shapes.tensors else 0
-    return PlannedShapes(shapes, shapes.config | {"tie_word_embeddings": True}, tensors, shapes.bytes - lost)
+    return PlannedShapes(shapes, config, tensors, merged_bytes(by_layer(tensors, modules.layers), {}))
+
+
+def _forecast(spec: TrainStage, after: PlannedShapes, demand: Demand, place: Place) -> Forecast:
+    """What one process takes that trains it; no memory where what is free is not known, since that decides it."""
+    memory = None
+    if place.free is not None and spec.batch_size is not None:
+        optimizer = spec.optimizer
+        if optimizer == "auto" and missing_extra("torchao", "train") is not None:
+            optimizer = "adamw"
+        share = max(1, spec.batch_size // place.world)
+        with suppress(UserError):  # which the run says
+            again = spec.checkpoint_activations
+            memory = demand.bytes(demand.choose(share, place.free, spec.kind, spec.micro_batch, optimizer, again))
+    disk = 2 * after.bytes + 44 * trainable(spec, after) + (spec.after + spec.tokens) * 5
+    on_gpu = place.device == "cuda"
+    gpu = None if memory is None or not on_gpu else memory - LIBRARIES
+    if memory is not None and place.held is not None:
+        memory += place.held - LIBRARIES
+    return Forecast(
+        output_bytes=after.bytes, memory_bytes=None if on_gpu else memory, gpu_memory_bytes=gpu, disk_bytes=disk
+    )
 
 
 def body_of(shapes: Shapes) -> Body:

@@ -18,6 +18,7 @@ from compress import records
 from compress.data import mixture
 from compress.data.mixture import Mixture, whole_shares
 from compress.errors import UserError
+from compress.forecast_records import Forecast
 from compress.loop.context import Context
 from compress.loop.stream import LayerStream
 from compress.model.checkpoint import Checkpoint
@@ -37,12 +38,13 @@ from compress.system.memory import PeakMemory, available
 from compress.train import sharded
 from compress.train.flops import peak_of, step_flops
 from compress.train.log import Log
-from compress.train.loop import Loop, Progress, Settings, Teach
+from compress.train.loop import Loop, Settings, Teach
 from compress.train.losses.fused import Weights
 from compress.train.memory import Setup
+from compress.train.progress import Progress
 from compress.train.trainee import Objective, Trainee
 
-CODE_VERSION = (1, teachers.CODE_VERSION, mixture.CODE_VERSION)
+CODE_VERSION = (2, teachers.CODE_VERSION, mixture.CODE_VERSION)
 LOG = "train_log.jsonl"
 _EAGER, _WORTH_COMPILING = 0.15, 600.0  # share of a GPU's arithmetic without compiling; seconds
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
@@ -133,13 +135,16 @@ class _Training:
         zeros = zeros_of(trainee, names, find_modules(self.parent).linears)
         self._check_zeros(zeros)
         loop = self._loop(trainee, names, teach, setup, zeros)
+        before = time.monotonic() - self.started
         progress = loop.run()
+        foreseen = Forecast(seconds=loop.foresight.seconds).later(before + progress.earlier)
         del loop, teach  # and with them moments and teacher
         host, gpu = self.memory.peak()  # writing counts anew
         result = self._write(trainee, names)
         figures = {
             "trained": self._figures(progress, setup, trained, bytes_per_token, len(zeros)),
             "seconds": time.monotonic() - self.started + progress.earlier,
+            "forecast": foreseen,
             "peak_memory_bytes": host,
             "peak_gpu_memory_bytes": gpu,
         }
@@ -284,7 +289,8 @@ class _Training:
             return None
         share = 1.0 if self.spec.lora is None and self.spec.train is None else 0.0
         teacher = None if self.asked is None else body_of(self.asked)
-        each = step_flops(body_of(self.parent), teacher, self.mixture.sequence_length, share)
+        attended = 2 * (float(self.mixture.batch(0).positions.double().mean()) + 1)  # inside documents
+        each = step_flops(body_of(self.parent), teacher, round(attended), share)
         return each, peak * distributed.world()
 
     def _write(self, trainee: Trainee, names: dict[str, str]) -> Result:

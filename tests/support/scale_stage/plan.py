@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from compress.forecast_records import Forecast
 from compress.model.checkpoint import TensorInfo
 from compress.model.shapes import PlannedShapes, Shapes
 from compress.recipe.types import Count, StageSpec
@@ -38,7 +39,7 @@ def plan(spec: ScaleStage, shapes: Shapes | None, setting: Setting) -> Plan:
     config = shapes.config | {"intermediate_size": spec.width or there}
     size = sum(info.bytes for info in tensors.values())
     after = PlannedShapes(shapes, config, tensors, size)
-    return Plan(after, warnings=[f"{where}: only a toy"], lines=[("stage", spec.title)], disk_bytes=size)
+    return Plan(after, warnings=[f"{where}: only a toy"], lines=[("stage", spec.title)], forecast=Forecast(output_bytes=size, disk_bytes=size))
 
 
 def cut(name: str, info: TensorInfo, width: int) -> TensorInfo:

@@ -1,0 +1,1 @@
+"""Checkpoints as the files of other programs, after the last stage."""

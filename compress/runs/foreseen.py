@@ -1,0 +1,82 @@
+"""What a dry run says of memory and time, and where it takes the run to happen. Never imports torch."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.forecast_records import Forecast
+from compress.recipe.types import StageSpec
+from compress.records import Record, read_record
+from compress.report.figures import duration
+from compress.stages.contract import Place, Plan, Result
+from compress.system import distributed
+from compress.system.machine import fast_bf16
+from compress.system.memory import available, free_here, resident
+from compress.system.units import size
+
+if TYPE_CHECKING:
+    from compress.loop.context import Context
+
+
+def place_of(device: str, limit: int | None) -> Place:
+    """Where a run would happen, as far as that can be told without torch.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:<n>".
+        limit: bytes of its memory that may be used; None: what is free, which is not known of a GPU.
+    """
+    if device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None):
+        return Place("cuda", 2, limit)
+    free = free_here()
+    return Place("cpu", 2 if fast_bf16() else 4, free if limit is None else min(free, limit))
+
+
+def place_now(context: "Context") -> Place:
+    """Where a stage begins now, and with how much memory."""
+    free = available(context.device, context.max_memory)
+    width, held, world = context.dtype.itemsize, resident()[0], distributed.world()
+    if context.device.type == "cuda":
+        return Place("cuda", width, free, held, world)
+    return Place("cpu", width, free // distributed.here(), held, world)
+
+
+def with_forecast(result: Result, foreseen: Forecast | None) -> Result:
+    """A stage's result whose record says what it was expected to take; the time, it has foreseen itself."""
+    own = result.record.forecast
+    if foreseen is None:
+        return result
+    forecast = foreseen.model_copy(update={"seconds": None if own is None else own.seconds})
+    return replace(result, record=result.record.model_copy(update={"forecast": forecast}))
+
+
+def memory_words(forecast: Forecast) -> str:
+    """How much memory a stage takes; empty where that is not known."""
+    host, gpu = forecast.memory_bytes, forecast.gpu_memory_bytes
+    found = [f"about {size(host)}"] if host is not None else []
+    return ", ".join([*found, f"about {size(gpu)} on the GPU"] if gpu is not None else found)
+
+
+def time_words(spec: StageSpec, plan: Plan, place: Place, work: Path) -> str:
+    """How long a stage takes, from an earlier run of the same; empty where the plan itself says something.
+
+    Args:
+        spec: as it runs.
+        plan: of the stage.
+        place: where it will run.
+        work: the work folder.
+    """
+    before = [record for file in (work / "stages").glob("*/dscompress.json") if (record := read_record(file.parent))]
+    same = [record for record in before if _is_same(record, spec, plan, place)]
+    if same:
+        newest = max(same, key=lambda record: record.created)
+        return f"{duration(newest.stage.seconds)} when it ran before; not run again where model and text are the same"
+    return "" if "time" in dict(plan.lines) else "not known before its first layer is done"
+
+
+def _is_same(record: Record, spec: StageSpec, plan: Plan, place: Place) -> bool:
+    """Whether a record is of this stage, on a model of the same sizes."""
+    stage, foreseen = record.stage, record.stage.forecast
+    if foreseen is None or plan.forecast is None or place.device not in (stage.device or ""):
+        return False
+    return foreseen.output_bytes == plan.forecast.output_bytes and stage.spec == spec.model_dump(mode="json")
