@@ -27,9 +27,7 @@ def export(
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Or a folder for onnx. Default: by the checkpoint's name, here."
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="A folder for onnx. Default: the checkpoint's name, here."),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most so much, like 4GB.")

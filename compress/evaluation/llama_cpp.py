@@ -16,18 +16,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from unicodedata import is_normalized
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.evaluation import llama_cpp_client
+from compress.evaluation.odd_tokens import odd_tokens, same_tokens
 from compress.evaluation.verify import Check, own_logits, probe_tokens
 from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
-from compress.model.gguf.odd_texts import ODD_TEXTS
-from compress.model.tokenizer import load_tokenizer
 from compress.served_records import Apart, ServedPace
 from compress.system.compute import pick_device
 from compress.system.distributed import alone
@@ -37,7 +35,6 @@ PACKAGE, EXTRA = "xllamacpp", "llama-cpp"
 ENGINE = "llama.cpp"
 NEW_TOKENS = 16
 _SECONDS, _BYTES_PER_SECOND = 300, 20_000_000  # to open a file and answer, at most
-_SPECIALS = 24  # special tokens that are tried between words
 # Times what rounding to bfloat16 does to our reader, on average, by the widest rounding that a file's types bring.
 # Seen on tiny-wiki-llama and SmolLM2-135M: F32 0.02 to 0.03, F16 0.04, BF16 0.25 to 0.34, blocks 2.1 to 2.4.
 _TOLERANCES, _OF_BLOCKS, _FLOOR = {"F32": 0.25, "F16": 0.25, "BF16": 1.0}, 5.0, 0.005
@@ -168,41 +165,11 @@ def check_in_llama_cpp(
     return [judged(answer.ids), Check(ENGINE, apart.passed, detail)], answer.pace
 
 
-def tokens_check(
-    folder: Path, trust_remote_code: bool
-) -> tuple[list[str], Callable[[Sequence[Sequence[int]]], Check]]:
+def tokens_check(folder: Path, trust_remote_code: bool) -> tuple[list[str], Callable[[Sequence[Sequence[int]]], Check]]:
     """Odd texts, and what is to be said of the tokens that a program makes of them."""
-    wanted, left_out = _texts(folder, trust_remote_code)
-    return list(wanted), lambda ids: _same_tokens(wanted, ids, left_out)
-
-
-def _texts(folder: Path, trust_remote_code: bool) -> tuple[dict[str, list[int]], int]:
-    """Odd texts and their tokens, and how many are left out, whose letters the tokenizer composes first."""
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    specials = [str(token) for token in tokenizer.all_special_tokens][:_SPECIALS]
-    texts = [*ODD_TEXTS, *(f"a {token}b\n{token} c" for token in specials)]
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    kept = texts if type(normalizer).__name__ != "NFC" else [text for text in texts if is_normalized("NFC", text)]
-    return {text: tokenizer(text)["input_ids"] for text in kept}, len(texts) - len(kept)
-
-
-def _same_tokens(wanted: dict[str, list[int]], ids: Sequence[Sequence[int]], left_out: int) -> Check:
-    other = [
-        (text, ours, list(its)) for (text, ours), its in zip(wanted.items(), ids, strict=True) if ours != list(its)
-    ]
+    wanted, left_out = odd_tokens(folder, trust_remote_code)
     note = f"; {left_out} more have letters that are composed first, which llama.cpp does not do" if left_out else ""
-    if not other:
-        return Check("tokens", True, f"the same in {len(wanted)} odd texts{note}")
-    text, ours, its = other[0]
-    place = next(
-        (at for at, pair in enumerate(zip(ours, its, strict=False)) if pair[0] != pair[1]), min(len(ours), len(its))
-    )
-    return Check(
-        "tokens",
-        False,
-        f"others in {len(other)} of {len(wanted)} odd texts, first in {text!r}: from the {place + 1}th on "
-        f"{its[place : place + 4]} instead of {ours[place : place + 4]}{note}",
-    )
+    return list(wanted), lambda ids: same_tokens(wanted, ids, note)
 
 
 def apart_of(said: Tensor, exact: Tensor, rounded: Tensor, tokens: Tensor, types: Collection[str]) -> Apart:

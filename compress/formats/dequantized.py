@@ -185,6 +185,16 @@ class DequantizedCheckpoint:
         view._dtype = dtype
         return view
 
+    def unrounded(self) -> "DequantizedCheckpoint":
+        """The same checkpoint, as programs have it that compute with its codes and scales and round nothing else.
+
+        Stock loaders round the products of both where the config says `dequantize`, and inputs and caches where it has
+        schemes for them.
+        """
+        view = copy.copy(self)
+        view._dense, view.inputs, view.caches = False, {}, {}
+        return view
+
     def runs_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which stock transformers runs it where this one is asked for."""
         wanted = (self._formats[module].runs_in(grid, dtype) for module, grid in self.grids.items())

@@ -192,14 +192,14 @@ def check_output(output: Path) -> None:
         raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
 
 
-def write_output(artefact: Path, output: Path, report: Report, file: Path | None = None) -> None:
+def write_output(artefact: Path, output: Path, report: Report, file: tuple[Path, str] | None = None) -> None:
     """Give an output the files of a finished checkpoint, its report and its model card, all by one rename.
 
     Args:
         artefact: the checkpoint.
         output: folder to write; what a user added to an earlier result in it stays.
         report: says where it lies then.
-        file: that holds the weights instead of the artefact's own; None where these do.
+        file: that holds the weights instead of the artefact's own, and its name there; None where these do.
 
     Raises:
         OutputError: the folder holds something else, or can't be written.
@@ -218,7 +218,7 @@ def write_output(artefact: Path, output: Path, report: Report, file: Path | None
         shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
-def _publish(artefact: Path, output: Path, weights: Path | None) -> None:
+def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
         if file.suffix in (".safetensors", ".gguf"):
@@ -232,9 +232,10 @@ def _publish(artefact: Path, output: Path, weights: Path | None) -> None:
             shutil.copy2(file, output / file.name)
     record = read_record(output)
     if weights is not None and record is not None:
-        link_or_copy(weights, output / weights.name)
+        source, placed = weights
+        link_or_copy(source, output / placed)
         files = {name: digest for name, digest in record.files.items() if (output / name).is_file()}
-        record = record.model_copy(update={"files": files | {weights.name: sha256(weights)}})
+        record = record.model_copy(update={"files": files | {placed: sha256(source)}})
         write_text(output / RECORD, record.model_dump_json(indent=2) + "\n")
 
 

@@ -8,7 +8,7 @@ from compress.errors import OutputError
 from compress.model.identity import DIGESTS
 from compress.system.locks import FileLock, InUseError, remove_unused_locks
 
-_KINDS = ("base", "stages", "scores", "texts", "teachers", "evaluations", "answers")
+_KINDS = ("base", "stages", "scores", "texts", "teachers", "evaluations", "answers", "gguf")
 
 
 @dataclass(frozen=True)

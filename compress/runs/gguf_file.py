@@ -1,5 +1,6 @@
 """The .gguf file at the end of a recipe: written from the last artefact, opened in llama.cpp, put into the output."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,8 @@ from compress.records import Report, read_record
 from compress.runs.artefact import StageArtefact
 from compress.served_records import Served
 from compress.system.extras import missing_extra
-from compress.system.fingerprint import sha256
+from compress.system.files import write_text
+from compress.system.fingerprint import fingerprint, sha256
 from compress.system.locks import made_once
 from compress.system.progress import Reporter
 
@@ -26,11 +28,13 @@ class GgufFile:
 
     Args:
         path: in the work folder.
+        name: in the output.
         bytes: of it.
         served: for the report.
     """
 
     path: Path
+    name: str
     bytes: int
     served: Served
 
@@ -60,7 +64,7 @@ def check_writable(recipe: Recipe, base: Checkpoint) -> None:
 
 
 def make_gguf(
-    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, reporter: Reporter
+    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, fresh: bool, reporter: Reporter
 ) -> GgufFile:
     """Write the file in the work folder, once for each artefact, and ask llama.cpp about it.
 
@@ -70,24 +74,29 @@ def make_gguf(
         base: to time beside it, where the recipe has `serve`.
         base_id: its fingerprint.
         work: the work folder.
+        fresh: write anew what was written before.
         reporter: told what happens.
     """
-    from compress.exports.gguf.write import export_gguf
+    from compress.exports.gguf.write import CODE_VERSION, export_gguf
 
-    def once(checkpoint: Path, name: str, key: str) -> Path:
-        file = work / "gguf" / key / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with made_once(file, lambda holder: reporter.say(f"waiting for {holder}, which writes {name}")) as missing:
+    def once(checkpoint: Path, key: str) -> tuple[Path, list[str]]:
+        folder = work / "gguf" / fingerprint(key, CODE_VERSION)
+        folder.mkdir(parents=True, exist_ok=True)
+        file, remarks = folder / "model.gguf", folder / "remarks.json"
+        if fresh:
+            remarks.unlink(missing_ok=True)
+        with made_once(remarks, lambda holder: reporter.say(f"waiting for {holder}, which writes it")) as missing:
             if missing:
-                for remark in export_gguf(checkpoint, file, "auto", None, reporter).remarks:
-                    reporter.warn(remark)
-        return file
+                write_text(remarks, json.dumps(export_gguf(checkpoint, file, "auto", None, reporter).remarks))
+            return file, json.loads(remarks.read_text(encoding="utf-8"))
 
-    file = once(artefact.folder, file_name(recipe), artefact.key)
-    beside = None if recipe.serve is None else once(base.folder, "base.gguf", base_id)
+    file, remarks = once(artefact.folder, artefact.key)
+    for remark in remarks:
+        reporter.warn(remark)
+    beside = None if recipe.serve is None else once(base.folder, base_id)[0]
     reporter.say("opening the file in llama.cpp")
     served = served_in_llama_cpp(artefact.folder, file, matrix_types(file), beside, recipe.trust_remote_code)
-    return GgufFile(file, file.stat().st_size, served)
+    return GgufFile(file, file_name(recipe), file.stat().st_size, served)
 
 
 def verify_gguf(file: Path) -> list[Check]:
@@ -125,7 +134,7 @@ def with_gguf(report: Report, made: GgufFile) -> Report:
     stages = [*report.stages[:-1], report.stages[-1].model_copy(update={"bytes": made.bytes})]
     return report.model_copy(
         update={
-            "compressed": report.compressed.model_copy(update=size | {"file": made.path.name}),
+            "compressed": report.compressed.model_copy(update=size | {"file": made.name}),
             "size_ratio": report.base.bytes / made.bytes,
             "stages": stages,
             "served": made.served,

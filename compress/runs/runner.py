@@ -302,11 +302,12 @@ class _Job:
         """Measure the result and write it to the output."""
         made = None
         if writes_gguf(self.recipe):
-            made = make_gguf(self.recipe, self.made[-1], self.base, self.base_id, self.work, self.reporter)
+            last, base = self.made[-1], self.base
+            made = make_gguf(self.recipe, last, base, self.base_id, self.work, self.fresh, self.reporter)
         report = self._report(stages)
         if made is not None:
             report = with_gguf(report, made)
-        write_output(self.made[-1].folder, self.output, report, None if made is None else made.path)
+        write_output(self.made[-1].folder, self.output, report, None if made is None else (made.path, made.name))
         return report
 
     def _report(self, stages: list[records.Stage]) -> records.Report:

@@ -76,8 +76,8 @@ def evaluate(
     reporter, work = reporter or Reporter(), Path(work_dir).absolute()
     original = Checkpoint(resolve_model(str(base), None, work, reporter.say))
     file = gguf_of(Path(candidate))
-    folder = Path(candidate) if file is None else resolve_model(str(file), None, work, reporter.say)
-    result = _candidate(folder, original, trust_remote_code)
+    found = candidate if file is None else resolve_model(str(file), None, work, reporter.say)
+    result = _candidate(found, original, trust_remote_code)
     check_code(original.config, str(base), trust_remote_code)
     sequence_length = sequence_length or fitting_length(positions_of(original.config))
     check_length(original, sequence_length, "--sequence-length")
@@ -86,9 +86,8 @@ def evaluate(
         reporter.warn(warning)
     dtype = pick_dtype(place, torch.float16 if model_dtype(original) == "F16" else torch.bfloat16)
     probe = probe_tokens(original.folder, trust_remote_code)[None]
-    return _compare(
-        original, result, tokens, spec, Context(place, dtype, None, probe, reporter, trust_remote_code), work
-    )
+    context = Context(place, dtype, None, probe, reporter, trust_remote_code)
+    return _compare(original, result, tokens, spec, context, work)
 
 
 def _windows(

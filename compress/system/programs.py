@@ -112,11 +112,7 @@ def run_client(
 
 
 def run_program(
-    command: Sequence[str | Path],
-    said: Path,
-    seconds: float | None,
-    environment: Mapping[str, str],
-    folder: Path | None = None,
+    command: Sequence[str | Path], said: Path, seconds: float | None, environment: Mapping[str, str]
 ) -> str | None:
     """Run a program to its end; why it was stopped or failed, in words, or None.
 
@@ -125,12 +121,11 @@ def run_program(
         said: a file for all that it prints.
         seconds: at most; None waits for ever.
         environment: variables beside this process's own.
-        folder: where it runs; None is the current one.
     """
     with said.open("wb") as to:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=to, stderr=subprocess.STDOUT, env=alone() | dict(environment),
-            cwd=folder, start_new_session=True,
+            start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(seconds)

@@ -197,7 +197,7 @@ def test_schema_is_closed_and_describes_every_key() -> None:
             assert "description" in value or part["title"] == "Override", name
     stage = schema["$defs"]["WeightOnlyStage"]
     alone = [{"$ref": f"#/$defs/{name}"} for name in ("DistillStage", "FinetuneStage")]
-    kinds = [("PruneStage", "PatternStage"), ("WeightOnlyStage", "WeightActivationStage")]
+    kinds = [("PruneStage", "PatternStage"), ("WeightOnlyStage", "WeightActivationStage", "GgufStage")]
     members = [{"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]} for names in kinds]
     assert schema["properties"]["stages"]["items"] == {"oneOf": [*alone, *members]}
     assert stage["required"] == ["kind"]

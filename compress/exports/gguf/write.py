@@ -30,6 +30,7 @@ from compress.system.files import beside, make_writable, writing
 from compress.system.progress import Advance, Reporter
 from compress.system.units import size
 
+CODE_VERSION = 1  # raised when the same checkpoint gives another file
 _MARK = "dscompress.version"  # a file with this key is ours, and may be replaced
 _FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
