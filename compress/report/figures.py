@@ -234,7 +234,10 @@ def verdict(report: Report) -> str:
     if verified is None:
         return text + ". The written files were not opened again to verify them."
     if verified.passed:
-        return text + f". Verified: {verified.loader} opens it and gives what was computed."
+        also = ""
+        if report.compressed.file is not None and report.served is not None and report.served.passed:
+            also = f" {report.served.engine} opens {report.compressed.file} and computes the same."
+        return text + f". Verified: {verified.loader} opens it and gives what was computed.{also}"
     if verified.max_logit_difference is None:
         return text + f". NOT verified: {verified.loader} can't open it."
     return text + f". NOT verified: opened by {verified.loader}, it differs from what was computed."

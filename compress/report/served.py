@@ -109,12 +109,14 @@ def _protocol(served: Served) -> str:
     speed = served.speed
     if speed is None:
         return f"Here {served.note}." if served.opened and served.note and served.prompt else ""
-    how = f"on {speed.threads} CPU threads, eagerly" if served.device == "cpu" else "with its defaults"
+    eagerly = ", eagerly" if served.engine == "vLLM" else ""
+    how = f"on {speed.threads} CPU threads{eagerly}" if served.device == "cpu" else "with its defaults"
+    times = "one round behind one to warm up" if speed.rounds == 1 else f"medians of {speed.rounds} rounds"
+    cache = f" and a cache of {size(speed.cache_bytes)}" if speed.cache_bytes else ""
     busy = " The machine was busy with other work, so these speeds say little." if speed.busy else ""
     return (
-        f"Speed of {_engine(served)} in {served.dtype}, one sequence at a time {how}: medians of {speed.rounds} "
-        "rounds, each model in a process of its own. Memory includes the libraries and a cache of "
-        f"{size(speed.cache_bytes)}.{busy}"
+        f"Speed of {_engine(served)} in {served.dtype}, one sequence at a time {how}: {times}, each model in "
+        f"a process of its own. Memory includes the libraries{cache}.{busy}"
     )
 
 
