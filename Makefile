@@ -5,7 +5,8 @@
 #   make check         lint, formatting, types
 #   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
 #   make test-lowest   the tests with the lowest supported versions, in an environment of their own
-#   make clients       vLLM on a CPU in an environment of its own (3.4 GB), and every format opened by it
+#   make clients       vLLM on a CPU and ONNX Runtime GenAI in environments of their own (3.4 and 1.3 GB), and every format
+#                      opened by them
 #   make clean         remove environments, builds and caches (never outputs)
 #
 # With a GPU: TORCH names the build to install (make test TORCH=torch==2.15.0); a torch that VENV already has is kept.
@@ -20,8 +21,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.dscompress-installed
 
-# One name, for `serve: true` looks for it.
+# One name each, for `serve: true` and `export --to onnx` look for them.
 CLIENTS := .venv-vllm
+ORT := .venv-ort
 
 .PHONY: quickstart test check bench test-lowest clients clean
 
@@ -42,12 +44,12 @@ bench: $(STAMP)
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-clients: $(STAMP) $(CLIENTS)/.dscompress-installed
+clients: $(STAMP) $(CLIENTS)/.dscompress-installed $(ORT)/.dscompress-installed
 	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
 	$(BIN)/python tests/support/vllm_table.py
 
 clean:
-	rm -rf .venv .venv-lowest $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest $(CLIENTS) $(ORT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find compress tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held, and
@@ -70,4 +72,12 @@ $(CLIENTS)/.dscompress-installed: constraints-clients.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -c 'import torch' 2>/dev/null || $(CLIENTS)/bin/python -m pip install --quiet $(TORCH)
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-clients.txt
+	touch $@
+
+# Its builder needs torch and transformers, the versions that are tested; the others are those that were tried.
+$(ORT)/.dscompress-installed: constraints.txt
+	test -x $(ORT)/bin/python || $(PYTHON) -m venv $(ORT)
+	$(ORT)/bin/python -c 'import torch' 2>/dev/null || $(ORT)/bin/python -m pip install --quiet $(TORCH)
+	$(ORT)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt transformers \
+	  onnx==1.23.2 onnx-ir==1.1.0 onnxruntime==1.32.0 onnxruntime-genai==0.18.0
 	touch $@

@@ -9,7 +9,7 @@ The command line calls these, and so can a notebook; examples/ shows how:
     compress.plan(model, gpu=..., ...)       which precision fits where, before anything is downloaded, and its recipe
     compress.verify(checkpoint, ...)         open it with the stock loader and with ours: what agrees, what differs
     compress.inspect(checkpoint)             what it holds and how it was made
-    compress.export(checkpoint, to="gguf")   write it as a file for llama.cpp, and have llama.cpp read it
+    compress.export(checkpoint, to="gguf")   write it for llama.cpp or ONNX Runtime GenAI, and have that read it
 
 They raise `compress.errors.DscompressError`, whose message is one line for people. Nothing heavy is imported before the
 first call.

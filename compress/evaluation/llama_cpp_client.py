@@ -8,8 +8,8 @@ assertion in it ends this process alone. `compress/evaluation/llama_cpp.py` writ
 The request: `library` (the shared library), `file`, `threads`, `texts` (to be tokenized, special tokens and all),
 `tokens` (ids), `new_tokens` (how many to continue them by, greedily), `timing` (null, or `prompt_tokens` and
 `new_tokens`). The answer: `version`, `description` (of the model, in llama.cpp's words), `ids` (of each text),
-`continuation`, `pace` (as `compress.served_records.ServedPace`, or null); or `failure`, llama.cpp's own last words. The logits
-[S, V] of the tokens, float32, are in a file of their own.
+`continuation`, `pace` (as `compress.served_records.ServedPace`, or null); or `failure`, llama.cpp's own last words. The
+logits [S, V] of the tokens, float32, are in a file of their own.
 
 Called through llama.cpp's C interface (include/llama.h), since the package's Python gives no logits of a prompt. The
 structures of parameters grow from version to version: they are passed as they were given, in more room than they need,

@@ -96,7 +96,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unsupported architecture": (
         {"architecture": "granite"},
-        "architecture 'granite' is not supported as GGUF, only llama, qwen2, qwen3, phi3, smollm3, gemma, gemma2, gemma3 are; "
+        "architecture 'granite' is not supported as GGUF, only llama, qwen2, qwen3, phi3, smollm3, gemma, gemma2, "
+        "gemma3 are; "
         f"{REMEDY}",
     ),
     "big-endian file": (

@@ -39,7 +39,12 @@ def plan(spec: ScaleStage, shapes: Shapes | None, setting: Setting) -> Plan:
     config = shapes.config | {"intermediate_size": spec.width or there}
     size = sum(info.bytes for info in tensors.values())
     after = PlannedShapes(shapes, config, tensors, size)
-    return Plan(after, warnings=[f"{where}: only a toy"], lines=[("stage", spec.title)], forecast=Forecast(output_bytes=size, disk_bytes=size))
+    return Plan(
+        after,
+        warnings=[f"{where}: only a toy"],
+        lines=[("stage", spec.title)],
+        forecast=Forecast(output_bytes=size, disk_bytes=size),
+    )
 
 
 def cut(name: str, info: TensorInfo, width: int) -> TensorInfo:
