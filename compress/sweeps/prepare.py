@@ -47,11 +47,11 @@ def plan_sweep(
     work = work_folder(job.folder, None if work_dir is None else Path(work_dir).absolute())
     prepared = prepare(job, work, reporter)
     points = points_of(job)
-    finished = set()
+    finished: dict[str, float] = {}
     for point in points:
         before = read_point(job.folder, point.name)
         if before is not None and before.key == prepared.key(point, prepared.plans[point.name]):
-            finished.add(point.name)
+            finished[point.name] = before.seconds or 0.0
     said = tree.lines(points, prepared.plans, finished)
     if job.search is not None:
         said.append(f"search: these two first, then at most {job.search.points - 2} points between them")

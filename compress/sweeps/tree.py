@@ -1,10 +1,12 @@
 """What a sweep would do, as a tree: stages that points share once, and what each point adds. Never imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from compress.errors import ModelError, RecipeError
+from compress.report.figures import duration
 from compress.runs.plan import RunPlan, plan_run
 from compress.sweeps.points import Planned
 from compress.system.fingerprint import fingerprint
@@ -70,13 +72,13 @@ def tree(plans: dict[str, RunPlan]) -> dict[str, Node]:
     return roots
 
 
-def lines(points: Sequence[Planned], plans: dict[str, RunPlan], finished: set[str]) -> list[str]:
+def lines(points: Sequence[Planned], plans: dict[str, RunPlan], finished: Mapping[str, float]) -> list[str]:
     """What a dry run prints: the tree, and what it comes to.
 
     Args:
         points: of the sweep.
         plans: theirs.
-        finished: names of those that are done.
+        finished: seconds of those that are done, by name.
     """
     roots = tree(plans)
     settings = {
@@ -95,7 +97,7 @@ def lines(points: Sequence[Planned], plans: dict[str, RunPlan], finished: set[st
             mine = f" ({', '.join(sorted(common))})" if common else ""
             shared = f", once for {len(node.points)} points" if len(node.points) > 1 else ""
             leaf = "" if node.children else f" -> {', '.join(node.points)}"
-            done = ", finished before" if set(node.points) <= finished else ""
+            done = ", finished before" if set(node.points) <= finished.keys() else ""
             found.append(f"{'  ' * depth}{node.title}{mine}: about {size(node.bytes)} on disk{shared}{leaf}{done}")
             walk(node.children, depth + 1, said | common)
 
@@ -108,7 +110,17 @@ def lines(points: Sequence[Planned], plans: dict[str, RunPlan], finished: set[st
         *found,
         f"{len(plans)} points, {once} stages to make instead of {every}; the base is measured once",
         f"disk: about {size(disk)} in the work folder while it runs; the {len(plans)} checkpoints are {size(results)}",
+        f"time: {_time(len(plans) - len(finished), sorted(finished.values()))}",
     ]
+
+
+def _time(left: int, taken: Sequence[float]) -> str:
+    """How long the points that are left take, one at a time, by those that are done."""
+    if not taken:
+        return "not known before the first point is made; further ones take less, by what they share"
+    if not left:
+        return "nothing is left to make"
+    return f"about {duration(left * median(taken))} for the {left} that are left, one at a time, as the others took"
 
 
 def _all(nodes: dict[str, Node]) -> list[Node]:

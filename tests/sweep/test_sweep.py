@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ import compress
 from compress.errors import UserError
 from compress.recipe.schema import bundled_dir
 from compress.records import Report
+from compress.report.figures import duration
 from compress.sweep_records import Sweep
 from compress.sweeps.prepare import read_sweep
 
@@ -348,7 +350,19 @@ def test_a_dry_run_prints_what_is_shared_and_writes_nothing(model: Path, tmp_pat
     lines = result.stdout.splitlines()
     assert [line for line in lines if "once for 2 points" in line] == [lines[0], lines[3]]
     assert "4 points, 6 stages to make instead of 8; the base is measured once" in lines
+    assert lines[-1].startswith("time: not known before the first point is made")
     assert here.made == [] and {path.name for path in tmp_path.iterdir()} <= {"r.yaml", ".dscompress"}
+
+
+def test_a_dry_run_says_how_long_the_rest_takes_by_what_is_done(whole: Path) -> None:
+    result = invoke("sweep", whole / "r.yaml", *OVER, "--dry-run")
+    assert result.stdout.splitlines()[-1] == "time: nothing is left to make"
+    result = invoke("sweep", whole / "r.yaml", "--over", OVER[1], "--over", "stages.1.bits=8,4,3", "--dry-run")
+    taken = [json.loads(file.read_text())["seconds"] for file in (whole / "out" / "points").glob("*.json")]
+    assert len(taken) == 4
+    assert result.stdout.splitlines()[-1] == (
+        f"time: about {duration(2 * median(taken))} for the 2 that are left, one at a time, as the others took"
+    )
 
 
 def test_a_search_finds_the_limit_and_a_warm_one_makes_nothing(
