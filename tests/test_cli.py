@@ -297,13 +297,16 @@ def test_cache_ls_and_clean(finished_run: FinishedRun, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(finished_run.work, work)
     files = [
-        file for kind in ("stages", "scores", "evaluations") for file in (work / kind).rglob("*") if file.is_file()
+        file
+        for kind in ("stages", "scores", "evaluations", "gguf")
+        for file in (work / kind).rglob("*")
+        if file.is_file()
     ]
     size = sum(file.stat().st_size for file in files)
     rows = [line.split() for line in succeed("cache", "ls", work).splitlines()]
     assert {(kind, name) for _, _, kind, name in rows} == {
         (kind, path.name)
-        for kind in ("stages", "scores", "evaluations")
+        for kind in ("stages", "scores", "evaluations", "gguf")
         for path in (work / kind).glob("*")
         if path.suffix != ".lock"
     }

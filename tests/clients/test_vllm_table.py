@@ -36,4 +36,4 @@ def test_every_format_that_is_written_is_asked_about() -> None:
             }
         )
         layouts |= {stage.layout for stage in recipe.stages if stage.kind == "quantize"}
-    assert layouts == set(FORMATS)
+    assert layouts == set(FORMATS) - {"gguf"}  # which is for llama.cpp
