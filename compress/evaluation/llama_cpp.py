@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compress.evaluation import llama_cpp_client
 from compress.evaluation.odd_tokens import odd_tokens, same_tokens
-from compress.evaluation.verify import Check, own_logits, probe_tokens
-from compress.model.arch import positions_of
+from compress.evaluation.served import agreement
+from compress.evaluation.verify import Check, own_logits, probe_prompt
 from compress.model.checkpoint import Checkpoint
 from compress.served_records import Apart, ServedPace
 from compress.system.compute import pick_device
@@ -142,8 +142,7 @@ def check_in_llama_cpp(
     if why := llama_cpp_missing():
         return [Check(ENGINE, None, f"not asked: {why}")], None
     checkpoint = Checkpoint(folder)
-    prompt = probe_tokens(folder, trust_remote_code)
-    prompt = prompt[: max(2, (positions_of(checkpoint.config) or len(prompt)) - NEW_TOKENS)]
+    prompt = probe_prompt(checkpoint, trust_remote_code, NEW_TOKENS)
     texts, judged = tokens_check(folder, trust_remote_code)
     answer = ask_llama_cpp(file, prompt.tolist(), texts, timing=timing)
     name = f"{PACKAGE} {version(PACKAGE)}"
@@ -155,12 +154,11 @@ def check_in_llama_cpp(
         own_logits(checkpoint, sequence, place, dtype, trust_remote_code) for dtype in (torch.float32, torch.bfloat16)
     )
     apart = apart_of(answer.logits, exact[: len(prompt)], rounded[: len(prompt)], prompt, types)
-    best = exact[len(prompt) - 1 : -1].argmax(-1)
-    agreed = int((best == sequence[len(prompt) :]).long().cumprod(0).sum())
+    agreed, _ = agreement(exact[len(prompt) - 1 : -1], sequence[len(prompt) :])
     detail = (
         f"{name}: log-probabilities of {apart.tokens} tokens differ by {apart.mean:.2g} nats on average (allowed "
-        f"{apart.tolerance:.2g}), {apart.max:.2g} at most; of {len(best)} tokens it goes on with, the first {agreed} "
-        "are ours"
+        f"{apart.tolerance:.2g}), {apart.max:.2g} at most; of {len(answer.continuation)} tokens it goes on "
+        f"with, the first {agreed} are ours"
     )
     return [judged(answer.ids), Check(ENGINE, apart.passed, detail)], answer.pace
 

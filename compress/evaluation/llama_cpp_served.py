@@ -19,8 +19,7 @@ from compress.evaluation.llama_cpp import (
     tokens_check,
 )
 from compress.evaluation.served import agreement
-from compress.evaluation.verify import own_logits, probe_tokens
-from compress.model.arch import positions_of
+from compress.evaluation.verify import own_logits, probe_prompt
 from compress.model.checkpoint import Checkpoint
 from compress.served_records import Served, ServedSpeed
 
@@ -28,7 +27,12 @@ _TIMING = Timing(prompt_tokens=256, new_tokens=64)
 
 
 def served_in_llama_cpp(
-    folder: Path, file: Path, types: Collection[str], base: Path | None, trust_remote_code: bool
+    folder: Path,
+    file: Path,
+    types: Collection[str],
+    base: Path | None,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> Served:
     """What llama.cpp makes of a file.
 
@@ -37,12 +41,13 @@ def served_in_llama_cpp(
         file: GGUF.
         types: of the file's matrices, ggml's names.
         base: the base in the same format, to time beside it; None: nothing is timed.
+        device: where our reader computes.
         trust_remote_code: as in transformers.
     """
     if why := llama_cpp_missing():
         return Served(engine=ENGINE, opened=False, passed=False, note=why)
-    checkpoint, prompt = Checkpoint(folder), probe_tokens(folder, trust_remote_code)
-    prompt = prompt[: max(2, (positions_of(checkpoint.config) or len(prompt)) - NEW_TOKENS)]
+    checkpoint = Checkpoint(folder)
+    prompt = probe_prompt(checkpoint, trust_remote_code, NEW_TOKENS)
     timing = None if base is None else _TIMING
     words, judged = tokens_check(folder, trust_remote_code)
     first = ask_llama_cpp(file, prompt.tolist(), words, timing=timing)
@@ -62,8 +67,7 @@ def served_in_llama_cpp(
     if isinstance(second, str):
         return Served(**found, opened=False, passed=False, note=second)
     exact, rounded = (
-        own_logits(checkpoint, sequence, torch.device("cpu"), dtype, trust_remote_code)
-        for dtype in (torch.float32, torch.bfloat16)
+        own_logits(checkpoint, sequence, device, dtype, trust_remote_code) for dtype in (torch.float32, torch.bfloat16)
     )
     last = len(prompt) - 1
     parts = [

@@ -19,9 +19,9 @@ from torch import Tensor
 from compress.evaluation import onnx_client
 from compress.evaluation.compare import open_view
 from compress.evaluation.odd_tokens import odd_tokens, same_tokens
-from compress.evaluation.verify import Check, probe_tokens, stream_logits
+from compress.evaluation.served import agreement
+from compress.evaluation.verify import Check, probe_prompt, stream_logits
 from compress.formats.dequantized import DequantizedCheckpoint
-from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.served_records import ServedPace
 from compress.system.compute import pick_device
@@ -125,8 +125,7 @@ def check_in_onnx_runtime(
         timing: what is timed, in the same breath.
     """
     checkpoint = Checkpoint(folder)
-    prompt = probe_tokens(folder, False)
-    prompt = prompt[: max(2, (positions_of(checkpoint.config) or len(prompt)) - NEW_TOKENS)]
+    prompt = probe_prompt(checkpoint, False, NEW_TOKENS)
     wanted, _ = odd_tokens(folder, False)
     answer = ask_onnx_runtime(exported, engine, prompt.tolist(), list(wanted), timing=timing)
     name = f"{ENGINE} {engine.version}"
@@ -143,11 +142,11 @@ def check_in_onnx_runtime(
     if int8_inputs:
         rounded = stream_logits(open_view(view, place, torch.bfloat16, False), prompt)
         allowed = max(_OF_INT8_INPUTS * float(_apart(rounded, exact, prompt).mean()), _FLOOR)
-    best = exact[len(prompt) - 1 : -1].argmax(-1)
-    agreed = int((best == sequence[len(prompt) :]).long().cumprod(0).sum())
+    agreed, _ = agreement(exact[len(prompt) - 1 : -1], sequence[len(prompt) :])
     detail = (
         f"{name}: log-probabilities of {len(apart)} tokens differ by {apart.mean():.2g} nats on average (allowed "
-        f"{allowed:.2g}), {apart.max():.2g} at most; of {len(best)} tokens it goes on with, the first {agreed} are ours"
+        f"{allowed:.2g}), {apart.max():.2g} at most; of {len(answer.continuation)} tokens it goes on with, the "
+        f"first {agreed} are ours"
     )
     return [*checks, Check("onnx runtime", bool(apart.mean() <= allowed), detail)], answer.pace
 

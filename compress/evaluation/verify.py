@@ -18,6 +18,7 @@ from compress.evaluation.stock import Answer, Request, asked
 from compress.formats.base import AnyGrid
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.loop.stream import LayerStream
+from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.model.tokenizer import load_tokenizer
 from compress.quant.grid import Grid
@@ -232,6 +233,12 @@ def _compared(name: str, one: Tensor, other: Tensor, dtype: torch.dtype, loader:
     difference, tolerance = float((one - other).abs().max()), slack * tolerance_of(other, dtype)
     detail = f"{loader}: largest difference of a logit {difference:.2g}, allowed {tolerance:.2g}"
     return Check(name, difference <= tolerance, detail)
+
+
+def probe_prompt(checkpoint: Checkpoint, trust_remote_code: bool, new_tokens: int) -> Tensor:
+    """The same, cut so that the model has positions for so many tokens behind them."""
+    tokens = probe_tokens(checkpoint.folder, trust_remote_code)
+    return tokens[: max(2, (positions_of(checkpoint.config) or len(tokens)) - new_tokens)]
 
 
 def probe_tokens(folder: Path, trust_remote_code: bool) -> Tensor:

@@ -9,6 +9,7 @@ from compress.errors import ModelError, RecipeError
 from compress.evaluation.llama_cpp import check_in_llama_cpp
 from compress.evaluation.llama_cpp_served import served_in_llama_cpp
 from compress.evaluation.verify import Check
+from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
 from compress.recipe.schema import Recipe
@@ -64,7 +65,7 @@ def check_writable(recipe: Recipe, base: Checkpoint) -> None:
 
 
 def make_gguf(
-    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, fresh: bool, reporter: Reporter
+    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, fresh: bool, context: Context
 ) -> GgufFile:
     """Write the file in the work folder, once for each artefact, and ask llama.cpp about it.
 
@@ -75,9 +76,11 @@ def make_gguf(
         base_id: its fingerprint.
         work: the work folder.
         fresh: write anew what was written before.
-        reporter: told what happens.
+        context: where our reader computes, and who is told what happens.
     """
     from compress.exports.gguf.write import CODE_VERSION, export_gguf
+
+    reporter = context.reporter
 
     def once(checkpoint: Path, key: str) -> tuple[Path, list[str]]:
         folder = work / "gguf" / fingerprint(key, CODE_VERSION)
@@ -95,16 +98,17 @@ def make_gguf(
         reporter.warn(remark)
     beside = None if recipe.serve is None else once(base.folder, base_id)[0]
     reporter.say("opening the file in llama.cpp")
-    served = served_in_llama_cpp(artefact.folder, file, matrix_types(file), beside, recipe.trust_remote_code)
+    served = served_in_llama_cpp(
+        artefact.folder, file, matrix_types(file), beside, context.device, recipe.trust_remote_code
+    )
     return GgufFile(file, file_name(recipe), file.stat().st_size, served)
 
 
 def verify_gguf(file: Path) -> list[Check]:
     """What can be said of a GGUF file: it is as it was written, and llama.cpp reads in it what our reader does."""
-    record, digest = read_record(file.parent), sha256(file)
-    checks = []
+    record, checks = read_record(file.parent), list[Check]()
     if record is not None and file.name in record.files:
-        same = record.files[file.name] == digest
+        same = record.files[file.name] == sha256(file)
         said = "as it was written (SHA-256)" if same else "changed since it was written"
         checks.append(Check("file", same, f"{file.stat().st_size:,} bytes, {said}"))
     with TemporaryDirectory(prefix="dscompress-") as scratch:

@@ -303,7 +303,7 @@ class _Job:
         made = None
         if writes_gguf(self.recipe):
             last, base = self.made[-1], self.base
-            made = make_gguf(self.recipe, last, base, self.base_id, self.work, self.fresh, self.reporter)
+            made = make_gguf(self.recipe, last, base, self.base_id, self.work, self.fresh, self.context)
         report = self._report(stages)
         if made is not None:
             report = with_gguf(report, made)

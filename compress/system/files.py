@@ -72,7 +72,7 @@ def beside(path: Path) -> Iterator[Path]:
     """A folder beside a path that is gone afterwards; those of processes that were killed go too."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         number = old.name.split(".")[-2]
-        if number.isdigit() and not _runs(int(number)):
+        if number.isdigit() and not runs(int(number)):
             shutil.rmtree(old, ignore_errors=True)
     folder = path.with_name(f".{path.name}.{os.getpid()}.part")
     folder.mkdir()
@@ -82,7 +82,8 @@ def beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Whether a process with this number runs here, whoever it belongs to."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from compress.errors import OutputError
-from compress.system.files import make_writable, unwritable
+from compress.system.files import make_writable, runs, unwritable
 
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _LOOK = 0.2  # seconds between two tries
@@ -113,7 +113,7 @@ class FileLock:
             return True
         with suppress(FileNotFoundError):
             host, _, process = claim.read_text(encoding="utf-8").splitlines()[0].partition(" ")
-            if host == socket.gethostname() and not _alive(int(process)):
+            if host == socket.gethostname() and not runs(int(process)):
                 claim.unlink(missing_ok=True)
         if not exclusive:
             return not claim.exists()
@@ -199,13 +199,3 @@ def remove_unused_locks(folder: Path) -> None:
     for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
             empty.rmdir()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

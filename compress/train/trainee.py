@@ -245,10 +245,10 @@ def isolate(model: Any, device: torch.device) -> None:
     try:
         both = _states(model, *trial)
         one, other = both[:, 10:].float()
-        apart = float((one - other).abs().max()) <= 1e-3 * float(one.abs().max())
+        isolated = float((one - other).abs().max()) <= 1e-3 * float(one.abs().max())
     except TypeError:  # it takes no positions
-        apart = False
-    if apart:
+        isolated = False
+    if isolated:
         attend_in_documents(model, lambda: _states(model, *trial), both)
     else:
         raise ModelError(

@@ -41,6 +41,11 @@ class BlockType:
         return self.width // self.sub_width
 
     @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return (len(self.levels) - 1).bit_length()
+
+    @property
     def bits_per_weight(self) -> float:
         """Of storage, scales included."""
         return 8 * self.bytes / self.width

@@ -42,8 +42,7 @@ def block_matrices(spec: GgufStage, linears: Mapping[str, tuple[int, int]], shap
         kind = _type_of(spec, name, role, shape[1], model)
         if kind is not None:
             block = BLOCK_TYPES[kind]
-            bits = (len(block.levels) - 1).bit_length()
-            found.append(Matrix(name, shape, bits, block.sub_width, not block.has_min, block=kind))
+            found.append(Matrix(name, shape, block.bits, block.sub_width, not block.has_min, block=kind))
     return found
 
 

@@ -72,8 +72,7 @@ def describe(
     grid: dict[str, Any]
     if isinstance(quantized, Blocked):
         kind = quantized.type
-        bits = (len(kind.levels) - 1).bit_length()
-        grid = {"bits": bits, "group_size": kind.sub_width, "symmetric": not kind.has_min, "dtype": kind.name}
+        grid = {"bits": kind.bits, "group_size": kind.sub_width, "symmetric": not kind.has_min, "dtype": kind.name}
     else:
         own = quantized.grid
         grid = {"bits": own.bits, "group_size": own.group_size, "symmetric": own.symmetric}
