@@ -16,9 +16,10 @@ from random_models import load_stock, make_model, random_tokens
 from safetensors.torch import load_file
 
 from compress.errors import ModelError
+from compress.evaluation.llama_cpp import ask_llama_cpp
 from compress.model.gguf.config import model_config
 from compress.model.gguf.convert import convert
-from compress.model.gguf.header import Gguf, GgufTensor
+from compress.model.gguf.header import Gguf, GgufTensor, open_gguf
 from compress.model.source import resolve_model
 
 ROPE = {"rope_theta": 10000.0}
@@ -68,6 +69,7 @@ def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np
 
 GEMMA = {"final_logit_softcapping": 20.0, "attn_logit_softcapping": 40.0}
 LONG = {"long_factor": [1.0 + 0.3 * i for i in range(8)], "short_factor": [1.0 + 0.1 * i for i in range(8)]}
+UNREAD = {"beta_fast": 16.0, "beta_slow": 2.0, "attn_factor": 0.75}
 SCALED = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model type, its config, the header's keys
     "llama": ("llama", {"tie_word_embeddings": True}, {}),
@@ -111,12 +113,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model typ
         {"rope_parameters": {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32}},
         {**SCALED, "rope.scaling.type": "yarn"},
     ),
-    "yarn with a factor that undoes its own": (  # DeepSeek-R1-0528-Qwen3-8B
+    "yarn with a factor that undoes its own": (
         "qwen3",
         {"rope_parameters": {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32,
-                             "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.0}},
-        {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 1 / (0.1 * math.log(4) + 1),
-         "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+                             "attention_factor": 1.0}},
+        {**SCALED, "rope.scaling.type": "yarn", "rope.scaling.attn_factor": 1 / (0.1 * math.log(4) + 1)},
     ),
     "none": ("llama", {}, {**SCALED, "rope.scaling.type": "none"}),
 }  # fmt: skip
@@ -127,6 +128,24 @@ def test_the_model_is_the_one_the_file_was_made_of(name: str, tmp_path: Path) ->
     family, config, keys = FAMILIES[name]
     original = make_model(tmp_path / "model", family, **config)
     same_model(original, converted(tmp_path, write_gguf(original, tmp_path / "model.gguf", keys)))
+
+
+def test_keys_of_yarn_that_llama_cpp_does_not_read_are_not_used_here_either(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    rope = {"rope_type": "yarn", **ROPE, "factor": 4.0, "original_max_position_embeddings": 32}
+    original = make_model(tmp_path / "model", "llama", rope_parameters=rope)
+    plain = {**SCALED, "rope.scaling.type": "yarn"}
+    more = {f"rope.scaling.yarn_{name}": value for name, value in UNREAD.items()}  # as its converter writes them
+    files = [write_gguf(original, tmp_path / f"{len(keys)}.gguf", keys) for keys in (plain, plain | more)]
+    first, second = (ask_llama_cpp(file, list(range(1, 60)), new_tokens=0) for file in files)
+    assert not isinstance(first, str) and not isinstance(second, str)
+    assert torch.equal(first.logits, second.logits)
+    same_model(original, converted(tmp_path, files[1]))
+    said: list[str] = []
+    model_config(open_gguf(files[1]), said.append)
+    assert [line.partition(" is not used")[0] for line in said] == [
+        f"{files[1].name}: llama.rope.scaling.yarn_{name} = {value:g}" for name, value in UNREAD.items()
+    ]
 
 
 def test_a_llama_with_biases_on_q_k_and_v_alone(tmp_path: Path) -> None:

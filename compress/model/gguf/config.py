@@ -5,6 +5,7 @@ a wrong number without a word. What a file leaves open (the query scale of Gemma
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,12 @@ def family_of(gguf: Gguf) -> Family:
     return family
 
 
-def model_config(gguf: Gguf) -> dict[str, Any]:
+def model_config(gguf: Gguf, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The transformers config of a GGUF file, without the tokenizer's ids.
+
+    Args:
+        gguf: the file.
+        warn: told what in the header changes nothing, though its author may have meant it to.
 
     Raises:
         ModelError: naming the key that is missing, or is not supported.
@@ -93,6 +98,8 @@ def model_config(gguf: Gguf) -> dict[str, Any]:
     config |= _biases(gguf, config)
     config |= rope_parameters(gguf, keys, config)
     keys.finish()
+    for remark in keys.remarks:
+        warn(f"{gguf.parts[0].name}: {remark}")
     return config
 
 

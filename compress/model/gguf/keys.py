@@ -17,10 +17,15 @@ _HARMLESS = {
 
 
 class Keys:
-    """The keys of the architecture, which notes the ones that were read."""
+    """The keys of the architecture, which notes the ones that were read.
+
+    Attributes:
+        remarks: what its user should hear, a line each.
+    """
 
     def __init__(self, gguf: Gguf) -> None:
         self.gguf, self.read = gguf, set(_HARMLESS)
+        self.remarks: list[str] = []
 
     def get(self, name: str, default: Any = None) -> Any:
         """A value; lists of one value per layer give that value."""
@@ -62,6 +67,13 @@ class Keys:
         if value is not None and not _same(value, allowed):
             key = f"{self.gguf.architecture}.{name}"
             raise self.gguf.error(f"{key} is {_shown(value)}, only {_shown(allowed)} is supported here; {REMEDY}")
+
+    def unused(self, name: str, usual: float) -> None:
+        """Note a key that llama.cpp reads for none of these families; its converter writes it."""
+        value = self.number(name, usual)
+        if not _same(value, usual):
+            key = f"{self.gguf.architecture}.{name}"
+            self.remarks.append(f"{key} = {_shown(value)} is not used, as llama.cpp does not use it either")
 
     def finish(self) -> None:
         """Refuse what was not read."""

@@ -80,10 +80,11 @@ def _scaling(
 def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
     keys.expect("rope.scaling.yarn_ext_factor", 1.0)
     keys.expect("rope.scaling.yarn_log_multiplier", 0.0)
-    fast, slow = keys.positive("rope.scaling.yarn_beta_fast", 32.0), keys.positive("rope.scaling.yarn_beta_slow", 1.0)
-    scaling = {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow}
-    # llama.cpp multiplies by these and by the usual factor; transformers' attention_factor takes the place of all
-    more = keys.positive("rope.scaling.attn_factor", 1.0) * keys.positive("rope.scaling.yarn_attn_factor", 1.0)
+    for name, usual in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0), ("yarn_attn_factor", 1.0)):
+        keys.unused(f"rope.scaling.{name}", usual)
+    scaling = {"rope_type": "yarn", "factor": factor, "beta_fast": 32.0, "beta_slow": 1.0}
+    # llama.cpp multiplies by this and by the usual factor; transformers' attention_factor takes the place of both
+    more = keys.positive("rope.scaling.attn_factor", 1.0)
     return scaling if more == 1 else {**scaling, "attention_factor": more * (0.1 * math.log(factor) + 1)}
 
 
