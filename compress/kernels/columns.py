@@ -41,7 +41,7 @@ def quantize_columns(
         fed: float32 [w, O], contiguous: feedback of all columns before the block; overwritten.
         feedback: float32 [w, w], contiguous: F of the block.
         pivot: float32 [w].
-        scale: float32 [O].
+        scale: float32 [O]; where it is 0, all levels stand for nothing.
         zero: float32 [O], whole numbers.
         largest_code: 2**bits - 1.
         codes: uint8 [w, O], contiguous; filled.
@@ -63,7 +63,7 @@ def _columns(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    step = tl.load(scale + row, mask=inside, other=1.0)
+    step = _not_zero(tl.load(scale + row, mask=inside, other=1.0))
     offset = tl.load(zero + row, mask=inside, other=0.0)
     lost = tl.load(loss + row, mask=inside, other=0.0)
     of_half = tl.arange(0, HALF)
@@ -117,6 +117,12 @@ def _columns(
                 tl.store(codes + at, (levels[c] + offset).to(tl.uint8), mask=there)
             tl.debug_barrier()  # so are the errors
     tl.store(loss + row, lost, mask=inside)
+
+
+@triton.jit
+def _not_zero(step):
+    """A step that can be divided by; those of ggml's blocks may be 0, and are multiples of 2**-24 else."""
+    return tl.where(step == 0.0, 1e-30, step)
 
 
 @triton.jit

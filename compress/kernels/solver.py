@@ -46,7 +46,7 @@ def solve(
     codes = torch.empty_like(work, dtype=torch.uint8)
     loss = work.new_zeros(rows)
     found: list[tuple[Tensor, Tensor]] = []
-    inverse, diagonal = ([], []) if grid.group_size == -1 else _group_blocks(feedback, width)
+    inverse, diagonal = ([], []) if grid.group_size == -1 else group_blocks(feedback, width)
     weighs = [None] * (columns // width) if importance is None else importance.split(width)
     parts = list(zip(work.split(block), pivot.split(block), codes.split(block), strict=True))
     fed = work.new_empty(min(_SPAN, columns), rows)
@@ -66,7 +66,7 @@ def solve(
     return codes, [scale for scale, _ in found], [zero for _, zero in found], loss
 
 
-def _group_blocks(feedback: Tensor, width: int) -> tuple[list[Tensor], list[Tensor]]:
+def group_blocks(feedback: Tensor, width: int) -> tuple[list[Tensor], list[Tensor]]:
     """(F_gg^T)^-1 of every group, which moves its weights by what feeds into it, and F_gg itself, [g, g] each."""
     groups = feedback.shape[0] // width
     diagonal = feedback.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

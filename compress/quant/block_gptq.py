@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compress.kernels import usable
 from compress.model.gguf.block_types import BlockType
 from compress.quant.block_scales import (
     Multiples,
@@ -43,13 +44,13 @@ class _Found(NamedTuple):
     """A part of the rows, in the visiting order.
 
     Args:
-        levels: float32 [I, R].
+        codes: uint8 [I, R].
         units: of each block, [R].
         multiples: of each sub-block, [1, R].
         loss: of each row, float32 [R].
     """
 
-    levels: Tensor
+    codes: Tensor
     units: Sequence[Units]
     multiples: Sequence[Multiples]
     loss: Tensor
@@ -102,15 +103,15 @@ def block_rtn(weight: Tensor, importance: Tensor, kind: BlockType) -> Blocked:
     weighs = importance.float().view(-1, kind.sub_blocks, kind.sub_width)
 
     def rounded(part: Tensor) -> _Found:
-        levels, units, multiples = [], [], []
+        codes, units, multiples = [], [], []
         for block, cost in zip(part.view(*weighs.shape, -1), weighs, strict=True):
             found = block_units(block, cost, kind)
             times = sub_multiples(block, cost, found, kind, thorough=True)
             found = refit_units(block, cost, found, times, kind)
-            levels.append(nearest_levels(block, steps_of(found, times), kind).flatten(0, 1))
+            codes.append(to_codes(nearest_levels(block, steps_of(found, times), kind).flatten(0, 1), kind))
             units.append(found)
             multiples += [Multiples(*each) for each in zip(*(number.split(1) for number in times), strict=True)]
-        return _Found(torch.cat(levels), units, multiples, part.new_zeros(part.shape[1]))
+        return _Found(torch.cat(codes), units, multiples, part.new_zeros(part.shape[1]))
 
     order = torch.arange(weight.shape[1], device=weight.device)
     return _in_stored_order(_by_rows(weight.float().t().contiguous(), rounded), order, kind)
@@ -129,11 +130,19 @@ def _by_rows(work: Tensor, solve: Callable[[Tensor], _Found]) -> _Found:
         Multiples(*(torch.cat(each, 1) for each in zip(*sub, strict=True)))
         for sub in zip(*(p.multiples for p in parts), strict=True)
     ]
-    return _Found(torch.cat([p.levels for p in parts], 1), units, multiples, torch.cat([p.loss for p in parts]))
+    return _Found(torch.cat([p.codes for p in parts], 1), units, multiples, torch.cat([p.loss for p in parts]))
 
 
 def _walk(work: Tensor, factor: Factor, kind: BlockType, importance: Tensor) -> _Found:
     """Quantize weights [I, R], in the visiting order."""
+    if usable(work) and kind.uniform:
+        from compress.kernels.block_solver import solve_blocks  # here, because it imports triton
+
+        return _Found(
+            *solve_blocks(
+                work.contiguous(), factor.feedback, factor.pivot, importance, kind, block_units, sub_multiples
+            )
+        )
     feedback, width = factor.feedback, kind.sub_width
     error, levels = torch.empty_like(work), torch.empty_like(work)
     loss = work.new_zeros(work.shape[1])
@@ -159,7 +168,7 @@ def _walk(work: Tensor, factor: Factor, kind: BlockType, importance: Tensor) -> 
             loss += _quantize_columns(
                 work[sub], target, inside, factor.pivot[sub], steps, kind, levels[sub], error[sub]
             )
-    return _Found(levels, units, multiples, loss)
+    return _Found(to_codes(levels, kind), units, multiples, loss)
 
 
 def _quantize_columns(
@@ -198,8 +207,8 @@ def _quantize_columns(
 
 def _in_stored_order(found: _Found, order: Tensor, kind: BlockType) -> Blocked:
     """Undo the visiting order."""
-    levels = torch.empty_like(found.levels)
-    levels[order] = found.levels
+    codes = torch.empty_like(found.codes)
+    codes[order] = found.codes
     blocks, subs = (
         order[::width].div(width, rounding_mode="floor").argsort() for width in (kind.width, kind.sub_width)
     )
@@ -210,7 +219,7 @@ def _in_stored_order(found: _Found, order: Tensor, kind: BlockType) -> Blocked:
     scaled = kind.scale_range is not None
     return Blocked(
         type=kind,
-        codes=to_codes(levels.t(), kind).contiguous(),
+        codes=codes.t().contiguous(),
         d=d,
         m=m if kind.has_min else None,
         scales=scales if scaled else None,

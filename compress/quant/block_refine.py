@@ -11,6 +11,7 @@ Shapes: O output rows, I input columns, R rows of a part, s sub-blocks, w column
 import torch
 from torch import Tensor
 
+from compress.kernels import usable
 from compress.model.gguf.block_types import BlockType
 from compress.quant.block_scales import divisor, half, to_levels_, within
 from compress.quant.blocks import Blocked, level_table, to_codes
@@ -68,6 +69,10 @@ class _Descent:
         self.minimum = torch.full_like(subs, alone) if found.mins is None else turned(found.mins)
         self.error = work[:, rows] - _values(found, rows)
         self.start, self.pull = 0, self.error
+        self.fused = usable(work) and self.kind.uniform
+        if self.fused:
+            self.error = self.error.contiguous()
+            self.sums = hessian.view(len(hessian), -1, self.kind.sub_width).sum(2)  # over the columns of sub-blocks
 
     def run(self, rounds: int) -> tuple[Blocked, Tensor]:
         """The rows after so many rounds, and their losses."""
@@ -78,9 +83,7 @@ class _Descent:
                 self.pull = self.hessian[start:stop] @ self.error
                 for block in range(start // self.kind.width, stop // self.kind.width):
                     for sub in range(block * self.kind.sub_blocks, (block + 1) * self.kind.sub_blocks):
-                        self._set_codes(slice(sub * width, (sub + 1) * width), block, sub)
-                        if self.kind.scale_range is not None:
-                            self._set_multiples(slice(sub * width, (sub + 1) * width), block, sub)
+                        self._set_sub_block(slice(sub * width, (sub + 1) * width), block, sub)
                     self._set_units(slice(block * self.kind.width, (block + 1) * self.kind.width), block)
         loss = (self.error * (self.hessian @ self.error)).sum(0)
         return self._blocked(), loss
@@ -92,7 +95,23 @@ class _Descent:
     def _move(self, part: slice, moved: Tensor) -> None:
         """Values of columns in the span have grown by `moved` [n, R]."""
         self.error[part] -= moved
+        self._answer(part, moved)
+
+    def _answer(self, part: slice, moved: Tensor) -> None:
+        """What that does to H (w - w^) in the span."""
         self.pull.addmm_(self.hessian[self.start : self.start + len(self.pull), part], moved, alpha=-1)
+
+    def _set_sub_block(self, part: slice, block: int, sub: int) -> None:
+        if self.fused:
+            from compress.kernels.block_refine import set_sub_block  # here, because it imports triton
+
+            units, multiples = (self.d[block], self.m[block]), (self.scale[sub], self.minimum[sub])
+            own = (self.hessian[part, part], self._pull(part), self.levels[part], self.error[part])
+            self._answer(part, set_sub_block(*own, units, multiples, self.kind))
+            return
+        self._set_codes(part, block, sub)
+        if self.kind.scale_range is not None:
+            self._set_multiples(part, block, sub)
 
     def _set_codes(self, part: slice, block: int, sub: int) -> None:
         step = self.d[block] * self.scale[sub]
@@ -124,6 +143,15 @@ class _Descent:
         inside, pull = self.hessian[part, part], self._pull(part)
         of_d = self.levels[part] * self.scale[subs].repeat_interleave(self.kind.sub_width, 0)
         costs = inside @ of_d
+        if self.fused:
+            from compress.kernels.block_refine import set_units  # here, because it imports triton
+
+            against = self.sums[part, subs] @ self.minimum[subs] if self.kind.has_min else costs
+            units, multiples = (self.d[block], self.m[block]), (self.scale[subs], self.minimum[subs])
+            moved = set_units(pull, self.levels[part], self.error[part], costs, against, units, multiples, self.kind)
+            if part.stop < self.start + len(self.pull):  # or the next span asks for it afresh
+                self._answer(part, moved)
+            return
         dd, towards_d = (costs * of_d).sum(0), (pull * of_d).sum(0)
         if not self.kind.has_min:
             d = half(self.d[block] + torch.where(dd > _TINY, towards_d / dd.clamp(min=_TINY), 0.0))

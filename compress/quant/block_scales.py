@@ -10,12 +10,13 @@ Shapes: R rows, the fast axis in memory; s sub-blocks; w columns in one.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from compress.kernels import usable
 from compress.model.gguf.block_types import BlockType
 from compress.quant.blocks import level_middles, level_table
 
@@ -82,6 +83,8 @@ def block_units(weight: Tensor, importance: Tensor, kind: BlockType) -> Units:
         importance: float32 [s, w], the cost of a squared error in each column.
         kind: of the block.
     """
+    if usable(weight) and kind.uniform:
+        return _fused_units(weight, importance, kind)
     group = _Group(weight, importance, kind)
     if kind.scale_range is None:
         step, offset = _search(group, _ENDS, _LONGER).fit()
@@ -90,6 +93,22 @@ def block_units(weight: Tensor, importance: Tensor, kind: BlockType) -> Units:
     moments = group.moments(steps_of(units, multiples))
     units = moments.fit_units(units, multiples)
     return moments.fit_units(units, moments.fit_multiples(units))
+
+
+def _fused_units(weight: Tensor, importance: Tensor, kind: BlockType) -> Units:
+    """`block_units` by kernels."""
+    from compress.kernels import block_scales as fused  # here, because it imports triton
+
+    if kind.scale_range is None:
+        return Units(*fused.plain_units(weight, importance, kind, fused.ranges(kind, _ENDS, _LONGER, weight.device)))
+    tried = fused.ranges(kind, _FEW_ENDS, _FEW_LONGER, weight.device)
+    return Units(*fused.block_units(weight, importance, kind, tried, _unit_shares(kind, weight.device)))
+
+
+@cache
+def _unit_shares(kind: BlockType, device: torch.device) -> Tensor:
+    """What an extreme number is divided by to get the units that are tried, float32; not to be changed."""
+    return torch.tensor([_longest(kind) * share for share in _SHARES], dtype=torch.float32, device=device)
 
 
 def sub_multiples(
@@ -107,8 +126,13 @@ def sub_multiples(
     if kind.scale_range is None:
         one = weight.new_ones(len(weight), weight.shape[2])
         return Multiples(one, -one)
-    group = _Group(weight, importance, kind)
-    return _search(group, _ENDS if thorough else _SUB_ENDS, _LONGER).fit_multiples(units)
+    ends = _ENDS if thorough else _SUB_ENDS
+    if usable(weight) and kind.uniform:
+        from compress.kernels import block_scales as fused  # here, because it imports triton
+
+        tried = fused.ranges(kind, ends, _LONGER, weight.device)
+        return Multiples(*fused.sub_multiples(weight, importance, units, kind, tried))
+    return _search(_Group(weight, importance, kind), ends, _LONGER).fit_multiples(units)
 
 
 def refit_units(weight: Tensor, importance: Tensor, units: Units, multiples: Multiples, kind: BlockType) -> Units:
@@ -260,9 +284,8 @@ def _common_unit(wanted: Tensor, cost: Tensor, kind: BlockType) -> tuple[Tensor,
     Returns:
         The number, float32 [R], and the multiples, [s, R].
     """
-    low, high = _limits(kind)
-    longest = max(-low, high)
-    extreme = wanted.gather(0, wanted.abs().argmax(0, keepdim=True))[0] * (-1 if low < 0 else 1)
+    longest = _longest(kind)
+    extreme = wanted.gather(0, wanted.abs().argmax(0, keepdim=True))[0] * (-1 if _limits(kind)[0] < 0 else 1)
     found = []
     for share in _SHARES:
         unit = half(extreme / (longest * share))
@@ -274,6 +297,12 @@ def _common_unit(wanted: Tensor, cost: Tensor, kind: BlockType) -> tuple[Tensor,
 def _limits(kind: BlockType) -> tuple[int, int]:
     assert kind.scale_range is not None
     return kind.scale_range
+
+
+def _longest(kind: BlockType) -> int:
+    """How large a multiple may be, on the side where it may be larger."""
+    low, high = _limits(kind)
+    return max(-low, high)
 
 
 def within(number: Tensor, kind: BlockType) -> Tensor:
