@@ -5,8 +5,8 @@
 #   make check         lint, formatting, types
 #   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
 #   make test-lowest   the tests with the lowest supported versions, in an environment of their own
-#   make clients       vLLM on a CPU and ONNX Runtime GenAI in environments of their own (3.4 and 1.3 GB), and every format
-#                      opened by them
+#   make clients       vLLM on a CPU, ONNX Runtime GenAI and OpenVINO in environments of their own (3.4, 1.3 and 1.6 GB),
+#                      and every format opened by them
 #   make clean         remove environments, builds and caches (never outputs)
 #
 # With a GPU: TORCH names the build to install (make test TORCH=torch==2.15.0); a torch that VENV already has is kept.
@@ -21,9 +21,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.dscompress-installed
 
-# One name each, for `serve: true` and `export --to onnx` look for them.
+# One name each, for `serve: true`, `export --to onnx` and `--to openvino` look for them.
 CLIENTS := .venv-vllm
 ORT := .venv-ort
+OPENVINO := .venv-openvino
 
 .PHONY: quickstart test check bench test-lowest clients clean
 
@@ -44,12 +45,12 @@ bench: $(STAMP)
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-clients: $(STAMP) $(CLIENTS)/.dscompress-installed $(ORT)/.dscompress-installed
+clients: $(STAMP) $(CLIENTS)/.dscompress-installed $(ORT)/.dscompress-installed $(OPENVINO)/.dscompress-installed
 	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
 	$(BIN)/python tests/support/vllm_table.py
 
 clean:
-	rm -rf .venv .venv-lowest $(CLIENTS) $(ORT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest $(CLIENTS) $(ORT) $(OPENVINO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find compress tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that nothing that depends on it chooses another build; then its version is held, and
@@ -80,4 +81,16 @@ $(ORT)/.dscompress-installed: constraints.txt
 	$(ORT)/bin/python -c 'import torch' 2>/dev/null || $(ORT)/bin/python -m pip install --quiet $(TORCH)
 	$(ORT)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt transformers \
 	  onnx==1.23.2 onnx-ir==1.1.0 onnxruntime==1.32.0 onnxruntime-genai==0.18.0
+	touch $@
+
+# torch is held: what depends on it would bring another build. optimum-intel asks for torchvision, which text does not
+# need, and transformers can't be imported beside one that was built for another torch.
+$(OPENVINO)/.dscompress-installed: constraints.txt
+	test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -c 'import torch' 2>/dev/null || $(OPENVINO)/bin/python -m pip install --quiet $(TORCH)
+	$(OPENVINO)/bin/python -c 'import torch; print("torch==" + torch.__version__)' > $(OPENVINO)/held.txt
+	$(OPENVINO)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OPENVINO)/held.txt \
+	  optimum-intel==2.2.0 transformers==5.0.0 nncf==3.4.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 \
+	  openvino-tokenizers==2026.4.1.0
+	$(OPENVINO)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@

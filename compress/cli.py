@@ -153,7 +153,7 @@ def run(
     if dry_run:
         _print_plan(loaded, work, reporter, device, _bytes(max_memory))
         return
-    from compress.report.write import served_line, speed_words, summary_table, tasks_line
+    from compress.report.write import export_lines, served_line, speed_words, summary_table, tasks_line
 
     report = compress.run(
         loaded, device=device, work_dir=work, fresh=fresh, max_memory=_bytes(max_memory), reporter=reporter
@@ -161,14 +161,13 @@ def run(
     if report is None:
         return
     print_table(("", "base", "compressed", "change"), summary_table(report))
-    if words := tasks_line(report):
-        print(f"tasks       {words}")
-    if words := speed_words(report):
-        print(f"speed       {words}")
-    if words := served_line(report):
-        print(f"served      {words}")
+    said = [("tasks", tasks_line(report)), ("speed", speed_words(report)), ("served", served_line(report))]
+    for label, words in [*said, *(("exported", line) for line in export_lines(report))]:
+        if words:
+            print(f"{label:<12}{words}")
     print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
-    if report.verified is not None and not report.verified.passed:
+    failed = any(export.passed is False for export in report.exports)
+    if failed or (report.verified is not None and not report.verified.passed):
         raise typer.Exit(1)
 
 
@@ -351,6 +350,10 @@ def _print_plan(
         from compress.runs.builds import check_planned  # here, because it imports torch
 
         check_planned(planned)
+    if recipe.export:
+        from compress.runs.exported import check_exports, note_unasked  # likewise
+
+        note_unasked(check_exports(planned), reporter)
     print("\n".join(planned.lines(work)))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, ValidationError
 
+from compress.export_records import Export
 from compress.forecast_records import Forecast
 from compress.record_types import Count, Typed
 from compress.served_records import Served
@@ -348,6 +349,7 @@ class Report(Typed):
     speed: Speed | None = None
     speed_note: str | None = None
     served: Served | None = None
+    exports: list[Export] = []
     machine: Machine | None = None
     versions: dict[str, str]
     warnings: list[str] = []

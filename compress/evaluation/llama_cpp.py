@@ -128,7 +128,12 @@ def _assertion(lines: Sequence[str]) -> str:
 
 
 def check_in_llama_cpp(
-    folder: Path, file: Path, types: Collection[str], trust_remote_code: bool = False, timing: Timing | None = None
+    folder: Path,
+    file: Path,
+    types: Collection[str],
+    trust_remote_code: bool = False,
+    timing: Timing | None = None,
+    device: torch.device | None = None,
 ) -> tuple[list[Check], ServedPace | None]:
     """Whether llama.cpp reads a file as what the checkpoint is: its tokens and its log-probabilities; and its pace.
 
@@ -138,6 +143,7 @@ def check_in_llama_cpp(
         types: of the file's matrices, ggml's names.
         trust_remote_code: as in transformers.
         timing: what is timed, in the same breath.
+        device: where our reader computes; None is the best there is.
     """
     if why := llama_cpp_missing():
         return [Check(ENGINE, None, f"not asked: {why}")], None
@@ -149,7 +155,7 @@ def check_in_llama_cpp(
     if isinstance(answer, str):
         return [Check(ENGINE, False, f"{name} does not open it: {answer}")], None
     sequence = torch.cat([prompt, torch.tensor(answer.continuation)])
-    place = pick_device("auto")
+    place = device or pick_device("auto")
     exact, rounded = (
         own_logits(checkpoint, sequence, place, dtype, trust_remote_code) for dtype in (torch.float32, torch.bfloat16)
     )

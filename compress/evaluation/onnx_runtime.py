@@ -19,6 +19,14 @@ from torch import Tensor
 from compress.evaluation import onnx_client
 from compress.evaluation.compare import open_view
 from compress.evaluation.odd_tokens import odd_tokens, same_tokens
+from compress.evaluation.other_program import (
+    NEW_TOKENS,
+    Timing,
+    allowed_for_rounding,
+    apart,
+    same_codes,
+    same_numbers,
+)
 from compress.evaluation.served import agreement
 from compress.evaluation.verify import Check, probe_prompt, stream_logits
 from compress.formats.dequantized import DequantizedCheckpoint
@@ -32,24 +40,12 @@ PROGRAM = Program(
     ENGINE, "onnxruntime_genai", ".venv-ort", Path(onnx_client.__file__), "pip install 'dscompress[onnx]'"
 )
 TOLERANCE = 1e-3  # nats, on average; tiny-wiki-llama, SmolLM2-135M and a model of each family came to 1e-6 to 6e-6
-# Times what rounding to bfloat16 does, with inputs in 8 bits; those came to 1.7 to 2.9.
-_OF_INT8_INPUTS, _FLOOR = 5.0, 0.005
 # Its tokenizer is its own and may differ in a few odd texts: of SmolLM2's 202 in 4, in digits of other scripts.
 _BORNE = 10
 _ITS_OWN = "; ONNX Runtime has a tokenizer of its own (the checkpoint's can be used instead: it takes ids)"
-NEW_TOKENS = 16
 _SECONDS, _BYTES_PER_SECOND = 300, 20_000_000  # to open a folder and answer, at most
 
 Nodes = Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What is timed: tokens of a prompt, how many are made after it, how often behind a round to warm up."""
-
-    prompt_tokens: int = 256
-    new_tokens: int = 32
-    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -112,6 +108,7 @@ def check_in_onnx_runtime(
     other: Callable[[Nodes], list[str]],
     int8_inputs: bool = False,
     timing: Timing | None = None,
+    device: torch.device | None = None,
 ) -> tuple[list[Check], ServedPace | None]:
     """Whether ONNX Runtime GenAI computes what the checkpoint is, with its codes; and its pace.
 
@@ -123,6 +120,7 @@ def check_in_onnx_runtime(
         other: which of them are others, by the digests of the file's nodes.
         int8_inputs: whether it rounds the inputs of linears.
         timing: what is timed, in the same breath.
+        device: where our reader computes; None is the best there is.
     """
     checkpoint = Checkpoint(folder)
     prompt = probe_prompt(checkpoint, False, NEW_TOKENS)
@@ -131,33 +129,16 @@ def check_in_onnx_runtime(
     name = f"{ENGINE} {engine.version}"
     if isinstance(answer, str):
         return [Check("onnx runtime", False, f"{name} does not open it: {answer}")], None
-    checks = [_same_codes(matrices, other(answer.nodes))] if matrices else []
+    checks = [same_codes(matrices, other(answer.nodes))] if matrices else []
     tokens = same_tokens(wanted, answer.ids, borne=_BORNE)
     checks.append(tokens if tokens.passed else replace(tokens, detail=tokens.detail + _ITS_OWN))
     sequence = torch.cat([prompt, torch.tensor(answer.continuation, dtype=torch.long)])
-    place, allowed = pick_device("auto"), TOLERANCE
+    place, allowed = device or pick_device("auto"), TOLERANCE
     view = DequantizedCheckpoint(checkpoint).unrounded()
     exact = stream_logits(open_view(view, place, torch.float32, False), sequence)
-    apart = _apart(answer.logits, exact, prompt)
+    differences = apart(answer.logits, exact, prompt)
     if int8_inputs:
-        rounded = stream_logits(open_view(view, place, torch.bfloat16, False), prompt)
-        allowed = max(_OF_INT8_INPUTS * float(_apart(rounded, exact, prompt).mean()), _FLOOR)
+        allowed = allowed_for_rounding(view, place, exact, prompt)
     agreed, _ = agreement(exact[len(prompt) - 1 : -1], sequence[len(prompt) :])
-    detail = (
-        f"{name}: log-probabilities of {len(apart)} tokens differ by {apart.mean():.2g} nats on average (allowed "
-        f"{allowed:.2g}), {apart.max():.2g} at most; of {len(answer.continuation)} tokens it goes on with, the "
-        f"first {agreed} are ours"
-    )
-    return [*checks, Check("onnx runtime", bool(apart.mean() <= allowed), detail)], answer.pace
-
-
-def _apart(one: Tensor, other: Tensor, tokens: Tensor) -> Tensor:
-    """How far log-probabilities [S - 1] of the tokens that came are apart, by logits [S or more, V]."""
-    both = (each[: len(tokens) - 1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0] for each in (one, other))
-    return (next(both) - next(both)).abs()
-
-
-def _same_codes(matrices: int, other: Sequence[str]) -> Check:
-    if not other:
-        return Check("codes", True, f"all {matrices} matrices, scales and zero points too, as in the checkpoint")
-    return Check("codes", False, f"{len(other)} of {matrices} matrices are not the checkpoint's, first {other[0]}")
+    checks.append(same_numbers("onnx runtime", name, differences, allowed, len(answer.continuation), agreed))
+    return checks, answer.pace

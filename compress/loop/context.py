@@ -33,6 +33,7 @@ class Context:
         shared: folder for what stages on the same model and text can share; None keeps nothing.
         work: the work folder.
         models: folders of other models that stages name, by what the recipe calls them.
+        tracker: the recipe's tracker of runs, for stages that name none of their own.
         tracked: what a tracker calls the run.
     """
 
@@ -49,6 +50,7 @@ class Context:
     shared: Path | None = None
     work: Path | None = None
     models: Mapping[str, Path] = field(default_factory=dict)
+    tracker: str | None = None
     tracked: str = "dscompress"
 
     def calibration(self) -> Tensor:

@@ -16,7 +16,7 @@ from compress.system.locks import FileLock
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 
-_GGUF_VERSION = 2  # of what is made of a GGUF file
+_GGUF_VERSION = 3  # of what is made of a GGUF file
 
 
 def resolve_model(reference: str, revision: str | None, work: Path, say: Callable[[str], None]) -> Path:
@@ -50,6 +50,7 @@ def gguf_of(path: Path) -> Path | None:
     """The GGUF file that a path is, or that a folder has and no other weights, as `format: gguf` leaves one."""
     if path.is_dir():
         found = sorted(path.glob("*.gguf")) if not any(path.glob("*.safetensors")) else []
+        found = [file for file in found if not file.name.endswith("imatrix.gguf")]  # sums of inputs, no model
         return found[0] if len(found) == 1 else None
     return path if path.suffix.lower() == ".gguf" or is_gguf(path) else None
 
@@ -124,7 +125,7 @@ def _from_gguf(path: Path, work: Path, say: Callable[[str], None]) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model: {path} needs the gguf package; run: pip install 'dscompress[gguf]'")
     gguf = open_gguf(path)
-    model_config(gguf)  # what it refuses is said before the file is read
+    model_config(gguf, say)  # what it refuses is said before the file is read
     folder = work / "base" / fingerprint("gguf", _GGUF_VERSION, [content_digest(part) for part in gguf.parts])
     if folder.is_dir():
         return folder

@@ -1,6 +1,6 @@
 """What a quantize stage may say whose result is a .gguf file. Never imports torch."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -36,6 +36,12 @@ class GgufStage(WeightStage):
         default={}, description='Other block types by glob on module names: {"*.down_proj": {type: q6_k}}.'
     )
     ignore: list[Text] = Field(default=[], description="Globs of modules to leave in 16 bits.")
+    imatrix: bool = Field(
+        default=False,
+        description="Also write the importance matrix of the calibration text, NAME.imatrix.gguf, for llama.cpp's "
+        "llama-quantize --imatrix: sums over the tokens of the squared inputs of each linear in the layers, in the "
+        "model that this stage gets.",
+    )
 
     @field_validator("clip")
     @classmethod
@@ -49,6 +55,25 @@ class GgufStage(WeightStage):
     @classmethod
     def _check_ignore(cls, value: list[str], info: ValidationInfo) -> list[str]:
         return without_overridden(value, info)
+
+    @field_validator("imatrix")
+    @classmethod
+    def _check_summed(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("method") == "rtn":
+            raise PydanticCustomError("imatrix", "needs the inputs, which rtn never sees; use method: gptq")
+        if value and info.data.get("drift_correction") == 0:
+            raise PydanticCustomError(
+                "imatrix", "is summed in the pass of the original model that drift_correction: 0 saves; remove one"
+            )
+        if value and info.data.get("reference") == "base":
+            raise PydanticCustomError(
+                "imatrix", "is of the model that this stage gets, and reference: base runs another one; remove one"
+            )
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """As of every stage; without an importance matrix the same as before there was one."""
+        return self.model_dump(mode="json", exclude=set() if self.imatrix else {"imatrix"})
 
     @property
     def layout(self) -> str:

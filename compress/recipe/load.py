@@ -77,7 +77,8 @@ def load_recipe(
     for location in _items(document, ("evaluate", "text")):
         _resolve_spec(document, location, may_be_text=True)
     _resolve_data(document)
-    _resolve_interpreter(document, ("serve", "python"))
+    for location in [("serve",), *_items(document, ("export",))]:
+        _resolve_interpreter(document, (*location, "python"))
     if files := _text_at(document, place := ("evaluate", "task_files")):
         document.replace(place, str(_absolute(files, document.place(place).folder)))
     return document.validate(Recipe)
@@ -344,7 +345,8 @@ def _resolve_interpreter(document: Document, location: Location) -> None:
     document.replace(location, str(path))
     if _kind(path) != "file" or not os.access(path, os.X_OK):
         there = "is no program" if _kind(path) else f"no such file{_guess_file(path)}"
-        document.add_problem(location, f"{python}: {there}; name an environment's bin/python, or use serve: true")
+        other = "use serve: true" if location[0] == "serve" else "leave it out"
+        document.add_problem(location, f"{python}: {there}; name an environment's bin/python, or {other}")
 
 
 def _value_at(document: Document, location: Location) -> Any:

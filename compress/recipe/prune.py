@@ -3,12 +3,10 @@
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
-    BeforeValidator,
     Discriminator,
     Field,
     Tag,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -16,23 +14,10 @@ from pydantic_core import PydanticCustomError
 
 from compress.recipe.shape import AXIS_OF, Axis, Shape
 from compress.recipe.train import Heal
-from compress.recipe.types import DAMP, Closed, Count, Number, StageSpec
-from compress.system.units import parse_size
+from compress.recipe.types import DAMP, Closed, Count, Number, Size, StageSpec
 
 Importance: TypeAlias = Literal["greedy", "activation", "magnitude", "fluctuation"]
 Share: TypeAlias = Annotated[Number, Field(gt=0, lt=1, allow_inf_nan=False)]
-
-
-def _parse_bytes(value: object) -> int:
-    size = None if isinstance(value, bool) else parse_size(str(value))
-    if not size:
-        raise PydanticCustomError("size", "not a size")
-    return size
-
-
-Size: TypeAlias = Annotated[
-    int, BeforeValidator(_parse_bytes), WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})
-]
 
 
 class Target(Closed):

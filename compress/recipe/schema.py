@@ -22,8 +22,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from compress.recipe.export import Export, stem_of
 from compress.recipe.sweep import Sweep
 from compress.recipe.text import CalibrationSpec
+from compress.recipe.train import TrackerName
 from compress.recipe.types import Closed, Count, StageSpec, Text
 from compress.stages import KINDS
 
@@ -153,6 +155,16 @@ class Recipe(Closed):
         description="Open the result in a real vLLM, compare it with our reader, and time it beside its base; true "
         "takes the vLLM that is found, false or null skips it.",
     )
+    export: list[Export] = Field(
+        default=[],
+        description="Other programs to write the result for, beside the checkpoint: gguf, onnx, openvino, or a mapping "
+        "with to.",
+    )
+    tracker: TrackerName | None = Field(
+        default=None,
+        description="Also log the report's figures there at the end, as one run by the recipe's name, and the steps of "
+        "stages that train; if it is installed.",
+    )
     sweep: Sweep | None = Field(
         default=None, description="Values to vary, for `dscompress sweep`: one result for each, and what each costs."
     )
@@ -169,6 +181,20 @@ class Recipe(Closed):
             if stage.last:
                 message = "{kind} comes once, as the last stage; remove or move the others"
                 raise PydanticCustomError("order", message, {"kind": stage.kind})
+        return value
+
+    @field_validator("export")
+    @classmethod
+    def _check_exports(cls, value: list[Export], info: ValidationInfo) -> list[Export]:
+        if value and getattr(info.data.get("stages", [None])[-1], "format", None) == "gguf":
+            raise PydanticCustomError(
+                "contradiction",
+                "is for a checkpoint, and the last stage (format: gguf) leaves a .gguf file alone; remove one of the "
+                "two, or run dscompress export on the model that it starts from",
+            )
+        names = [each.file_name(stem_of(info.data.get("name", ""))) for each in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PydanticCustomError("twice", "two would be called {name}; keep one", {"name": twice[0]})
         return value
 
 

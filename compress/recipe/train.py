@@ -30,6 +30,7 @@ Data: TypeAlias = Annotated[
     ),
 ]
 Weight: TypeAlias = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+TrackerName: TypeAlias = Literal["tensorboard", "trackio", "wandb"]
 
 
 # What is known by its content instead, and what changes how work is done but not what comes out.
@@ -110,8 +111,10 @@ class TrainSettings(Closed):
     save_every: Annotated[Count, Field(ge=1)] | None = Field(
         default=None, description="Steps between two states on disk; null saves about every five minutes."
     )
-    tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(
-        default=None, description="Also log there, if it is installed; the JSON lines are always written."
+    tracker: TrackerName | None = Field(
+        default=None,
+        description="Also log each step there, if it is installed; null takes the recipe's. The JSON lines are always "
+        "written.",
     )
     seed: Count = Field(default=0, ge=0, description="Of the order of the text, beside the text's own.")
 

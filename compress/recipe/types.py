@@ -1,4 +1,4 @@
-"""What the models of a recipe are made of: closed models, counts such as 20M, numbers such as 1e-4, plain text.
+"""What the models of a recipe are made of: closed models, counts such as 20M, sizes such as 4GB, numbers, plain text.
 
 Never imports torch.
 """
@@ -18,6 +18,8 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
+
+from compress.system.units import parse_size
 
 _COUNT = r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?) ?([kKmMbB]?)"
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -48,6 +50,13 @@ def parse_number(value: object) -> object:
     return value
 
 
+def _parse_bytes(value: object) -> int:
+    size = None if isinstance(value, bool) else parse_size(str(value))
+    if not size:
+        raise PydanticCustomError("size", "not a size")
+    return size
+
+
 def _without_nul(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul", "holds a NUL character, which no name or path can have; remove it")
@@ -58,6 +67,9 @@ Count: TypeAlias = Annotated[
     int,
     BeforeValidator(parse_count),
     WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_COUNT}$"}]}),
+]
+Size: TypeAlias = Annotated[
+    int, BeforeValidator(_parse_bytes), WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})
 ]
 Number: TypeAlias = Annotated[float, BeforeValidator(parse_number)]
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_without_nul)]

@@ -155,7 +155,7 @@ def speed_rows(report: Report) -> list[Row]:
     if speed is None:
         return []
     rows = [
-        (f"{name.capitalize()}, {tokens} tokens (tokens/s)", _pace(before), _pace(after), _times(before, after))
+        (f"{name.capitalize()}, {tokens} tokens (tokens/s)", rate(before), rate(after), _times(before, after))
         for name, tokens, before, after in _paces(speed)
     ]
     base, result = speed.base, speed.compressed
@@ -172,7 +172,7 @@ def _paces(speed: Speed) -> list[tuple[str, int, float, float]]:
     ]
 
 
-def _pace(value: float) -> str:
+def rate(value: float) -> str:
     """Three digits: 895, 15.0, 5.21."""
     return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from compress.records import Report
-from compress.report.figures import Row, change, number
+from compress.report.figures import Row, change, number, rate
 from compress.served_records import Apart, Served
 from compress.system.units import size
 
@@ -49,7 +49,7 @@ def served_line(report: Report) -> str:
     if served.speed.busy:
         return f"{line}; its speed says little, for the machine was busy with other work"
     paces = served.speed.compressed, served.speed.base
-    return f"{line}; {' tokens/s, base '.join(_rate(pace.decode_tokens_per_second) for pace in paces)}"
+    return f"{line}; {' tokens/s, base '.join(rate(pace.decode_tokens_per_second) for pace in paces)}"
 
 
 def served_rows(served: Served) -> list[Row]:
@@ -62,7 +62,7 @@ def served_rows(served: Served) -> list[Row]:
     decode = base.decode_tokens_per_second, result.decode_tokens_per_second
     paces = [("Prefill", speed.prompt_tokens, *prefill), ("Decode", speed.new_tokens, *decode)]
     rows = [
-        (f"{what}, {tokens} tokens (tokens/s)", _rate(before), _rate(after), f"{after / before:.2f}x")
+        (f"{what}, {tokens} tokens (tokens/s)", rate(before), rate(after), f"{after / before:.2f}x")
         for what, tokens, before, after in paces
     ]
     sizes = {"loaded": (base.loaded_bytes, result.loaded_bytes), "peak": (base.peak_bytes, result.peak_bytes)}
@@ -118,8 +118,3 @@ def _protocol(served: Served) -> str:
         f"Speed of {_engine(served)} in {served.dtype}, one sequence at a time {how}: {times}, each model in "
         f"a process of its own. Memory includes the libraries{cache}.{busy}"
     )
-
-
-def _rate(value: float) -> str:
-    """Three digits: 895, 15.0, 5.21."""
-    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"

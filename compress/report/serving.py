@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from compress.export_records import Export
 from compress.formats.openers import VLLM_BITS
 from compress.records import Report
 from compress.report import figures
@@ -50,7 +51,8 @@ def ways(report: Report) -> list[Way]:
         return [_llama_cpp(f"{path}/{report.compressed.file}")]
     if (note := _vllm(report)) is not None:
         found.append(Way("vLLM", f"vllm serve {path}", note))
-    if _onnx(report):
+    found += [_exported(path, export) for export in report.exports if export.passed is not False]
+    if _onnx(report) and not any(export.to == "onnx" for export in report.exports):
         found.append(
             Way("ONNX Runtime GenAI", _ONNX.format(path=path), "keeps the codes; for gemma3 and phi3 it fails")
         )
@@ -63,6 +65,15 @@ def _llama_cpp(file: str) -> Way:
     """The program that opens a .gguf file, and what is built on it."""
     command = f"llama-cli -m {file}\nllama-server -m {file} --port 8080"
     return Way("llama.cpp", command, "Ollama, LM Studio and others that run llama.cpp open the same file")
+
+
+def _exported(path: str, export: Export) -> Way:
+    """The program that something beside the checkpoint was written for."""
+    place = f"{path}/{export.name}"
+    if export.to == "gguf":
+        return _llama_cpp(place)
+    lines = f'pip install onnxruntime-genai\nmodel = onnxruntime_genai.Model("{place}")'
+    return Way(export.program, lines, "its folder beside the checkpoint")
 
 
 def _vllm(report: Report) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.records import Report
 from compress.report import card, chain, figures
+from compress.report.exported import HEADS, export_lines, exported_view
 from compress.report.figures import speed_words, summary_table
 from compress.report.pages import environment, write
 from compress.report.planned import PLANNED_HEADS, planned_rows
@@ -19,7 +20,9 @@ from compress.report.tasks import TASK_HEADS, tasks_line, tasks_view
 from compress.report.training import TEXT_HEADS, trained_views
 from compress.system.units import size
 
-__all__ = ["served_line", "speed_words", "summary_table", "tasks_line", "write_model_card", "write_report"]
+__all__ = [
+    "export_lines", "served_line", "speed_words", "summary_table", "tasks_line", "write_model_card", "write_report",
+]  # fmt: skip
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -92,6 +95,8 @@ def _view(report: Report) -> dict[str, Any]:
         "tasks": tasks_view(report),
         "task_heads": TASK_HEADS,
         "served": served_view(report),
+        "exported": exported_view(report),
+        "export_heads": HEADS,
         "ways": ways(report) if not _failures(report) else [],
         "failures": _failures(report),
         "warnings": _fallback_warning(len(fallbacks), len(rows)) + report.warnings,

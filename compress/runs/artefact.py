@@ -10,6 +10,7 @@ A work folder holds everything that makes a run repeatable and resumable:
       scores/<fingerprint>/        what stages on one model and text share: the order in which parts are removed
       texts/<fingerprint>/         a text to train on, packed into sequences of tokens
       teachers/<fingerprint>/      what a teacher said of them
+      exports/<fingerprint>*       the result for another program, and what that said of it
       evaluations/<fingerprint>*   figures, and the base model's last hidden states
       digests.json                 of the base model's files
 
@@ -19,10 +20,10 @@ A folder gets its final name by one rename, when it is whole. Never imports torc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 from compress.errors import OutputError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = "environment.json"  # what continuing half-done work needs to be the same
 MATTERS = ("torch", "transformers")
+_WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data", ".bin")
 
 
 class StageArtefact:
@@ -192,7 +194,13 @@ def check_output(output: Path) -> None:
         raise OutputError(f"{output}: exists and was not written by dscompress; choose another --output or remove it")
 
 
-def write_output(artefact: Path, output: Path, report: Report, file: tuple[Path, str] | None = None) -> None:
+def write_output(
+    artefact: Path,
+    output: Path,
+    report: Report,
+    file: tuple[Path, str] | None = None,
+    beside: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
     """Give an output the files of a finished checkpoint, its report and its model card, all by one rename.
 
     Args:
@@ -200,6 +208,7 @@ def write_output(artefact: Path, output: Path, report: Report, file: tuple[Path,
         output: folder to write; what a user added to an earlier result in it stays.
         report: says where it lies then.
         file: that holds the weights instead of the artefact's own, and its name there; None where these do.
+        beside: further files, by their names there; a name may have a folder in it.
 
     Raises:
         OutputError: the folder holds something else, or can't be written.
@@ -208,7 +217,7 @@ def write_output(artefact: Path, output: Path, report: Report, file: tuple[Path,
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _publish(artefact, partial, file)
+        _publish(artefact, partial, file, beside)
         write_report(report, partial)
         write_model_card(report, partial)
         check_output(output)
@@ -218,7 +227,7 @@ def write_output(artefact: Path, output: Path, report: Report, file: tuple[Path,
         shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
-def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None) -> None:
+def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None, beside: Mapping[str, Path]) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
         if file.suffix in (".safetensors", ".gguf"):
@@ -227,16 +236,36 @@ def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None) -> 
         elif weights is not None and file.name == INDEX:
             pass  # of safetensors
         elif file.is_dir():
-            shutil.copytree(file, output / file.name)
+            shutil.copytree(file, output / file.name, copy_function=_place)
         else:
             shutil.copy2(file, output / file.name)
     record = read_record(output)
-    if weights is not None and record is not None:
-        source, placed = weights
-        link_or_copy(source, output / placed)
+    added = {**beside, **({} if weights is None else {weights[1]: weights[0]})}
+    if added and record is not None:
+        for name, source in added.items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            _place(source, output / name)
         files = {name: digest for name, digest in record.files.items() if (output / name).is_file()}
-        record = record.model_copy(update={"files": files | {placed: sha256(source)}})
+        files |= {name: sha256(source) for name, source in added.items()}
+        record = record.model_copy(update={"files": files})
         write_text(output / RECORD, record.model_dump_json(indent=2) + "\n")
+
+
+def _place(source: str | Path, target: str | Path) -> None:
+    """Another name of a file of weights, which nobody edits; a copy of any other."""
+    if Path(source).suffix in _WEIGHTS:
+        link_or_copy(Path(source), Path(target))
+    else:
+        shutil.copy2(source, target)
+
+
+def drop_weights(output: Path) -> None:
+    """Delete a result's weights, for other programs too; its report and its record stay."""
+    record = read_record(output)
+    recorded = () if record is None else record.files
+    for file in {*output.glob("*.safetensors*"), *(output / name for name in recorded)}:
+        if file.suffix in _WEIGHTS or file.name == INDEX:
+            file.unlink(missing_ok=True)
 
 
 def _keep_foreign(output: Path, replacement: Path) -> None:
@@ -251,3 +280,15 @@ def _keep_foreign(output: Path, replacement: Path) -> None:
             shutil.copytree(entry, replacement / entry.name, symlinks=True)
         elif not ours:
             shutil.copy2(entry, replacement / entry.name, follow_symlinks=False)
+        elif entry.name in recorded and entry.is_dir():
+            _keep_inside(entry, replacement / entry.name, record.files)
+
+
+def _keep_inside(folder: Path, replacement: Path, recorded: Collection[str]) -> None:
+    """The same in a folder of ours."""
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder)
+        target = replacement / name
+        if file.is_file() and f"{folder.name}/{name.as_posix()}" not in recorded and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)

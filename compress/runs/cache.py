@@ -1,6 +1,8 @@
 """Looks after a work folder: what it holds, and deleting what no run is using."""
 
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from compress.errors import OutputError
 from compress.model.identity import DIGESTS
 from compress.system.locks import FileLock, InUseError, remove_unused_locks
 
-_KINDS = ("base", "stages", "scores", "texts", "teachers", "evaluations", "answers", "gguf")
+_KINDS = ("base", "stages", "scores", "texts", "teachers", "evaluations", "answers", "gguf", "exports")
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,24 @@ def clean_cache(work: Path) -> int:
 
 
 def drop_artefact(work: Path, key: str) -> None:
-    """Delete what a stage has made, unless a run is using it."""
-    folder = work / "stages" / key
-    with FileLock(folder.with_name(f"{key}.lock")) as lock:
+    """Delete what a stage has made, and what was exported of it, unless a run is using it."""
+    for note in (work / "exports").glob("*.json"):
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept.get("stage") == key:
+            _drop(work / "exports", note.stem, [note, note.with_name(f"{note.stem}.said.json")])
+    _drop(work / "stages", key, [work / "stages" / f"{key}.probe.safetensors"])
+
+
+def _drop(folder: Path, key: str, files: Sequence[Path]) -> None:
+    """Delete a folder called by its key, and files beside it."""
+    with FileLock(folder / f"{key}.lock") as lock:
         try:
             lock.acquire(exclusive=True)
         except InUseError:
             return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(f"{key}.probe.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(folder / key, ignore_errors=True)
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

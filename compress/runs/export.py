@@ -2,23 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import OutputError, UserError
 from compress.model.arch import check_code
 from compress.model.checkpoint import Checkpoint
 from compress.model.source import resolve_model
+from compress.recipe.export import TARGETS, ExportSpec, targets_with
+from compress.runs.exporters import exporter_of
 from compress.served_records import ServedPace
-from compress.system.extras import missing_extra
-from compress.system.programs import Engine, find_program
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
     from compress.evaluation.verify import Check
-    from compress.exports.gguf.write import Written as GgufWritten
-    from compress.exports.onnx.build import Written as OnnxWritten
-
-TYPES = {"gguf": ("auto", "f32", "bf16", "f16", "q8_0"), "onnx": ("auto", "f32")}
+    from compress.runs.exporters import AnyWritten
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Exported:
         pace: tokens per second and memory, where it was asked.
     """
 
-    written: "GgufWritten | OnnxWritten"
+    written: "AnyWritten"
     checks: "list[Check]"
     pace: ServedPace | None
 
@@ -53,14 +50,15 @@ def export(
 
     Args:
         checkpoint: a folder, dense or quantized, whoever wrote it; or a hub id or GGUF file.
-        to: "gguf", for llama.cpp and what is built on it; "onnx", a folder for ONNX Runtime GenAI.
+        to: "gguf", for llama.cpp and what is built on it; "onnx" or "openvino", a folder for ONNX
+            Runtime GenAI or OpenVINO.
         type: of matrices. For gguf "auto" keeps codes that lie on a grid of ggml, and the checkpoint's own dtype for
             the others; or "f32", "bf16", "f16", "q8_0". For onnx "auto" keeps codes, and other matrices are float32;
-            or "f32", all of them.
+            or "f32", all of them. For openvino the same, and "auto" keeps other matrices in the checkpoint's own dtype.
         output: the file or folder; None is one by the checkpoint's name in the current folder.
         split: gguf: bytes of tensors in a file; None writes one.
-        int8_inputs: onnx: round the inputs of linears to 8 bits as it runs, which is faster and not exact.
-        python: onnx: the interpreter of an environment with ONNX Runtime GenAI; None looks for one.
+        int8_inputs: onnx, openvino: round the inputs of linears to 8 bits as it runs, which is faster and not exact.
+        python: onnx, openvino: the interpreter of an environment with the program; None looks for one.
         check: open it in the program; llama.cpp, where that is installed.
         work_dir: where a GGUF file is unpacked.
         reporter: told what happens; None says it on standard error.
@@ -68,63 +66,41 @@ def export(
     Raises:
         UserError: what can't be written, or not there, and why.
     """
-    _check_choice("--to", to, tuple(TYPES))
-    _check_choice("--type", type, TYPES[to])
-    for option, other, given in (
-        ("--split", "gguf", split is not None),
-        ("--int8-inputs", "onnx", int8_inputs),
-        ("--python", "onnx", python is not None),
-    ):
-        if given and to != other:
-            raise UserError(f"{option}: is for --to {other}; leave it out")
-    engine = _onnx_engine(python) if to == "onnx" else None
-    if engine is None and (missing := missing_extra("gguf", "gguf")):
-        raise UserError(f"--to gguf: {missing}")
+    spec = _spec(to, type, {"split": split, "int8_inputs": int8_inputs, "python": python})
+    try:
+        exporter = exporter_of(spec)
+    except UserError as error:
+        raise UserError(f"--to {to}: {error}") from None
     reporter = reporter or Reporter()
     folder = resolve_model(str(checkpoint), None, Path(work_dir).absolute(), reporter.say)
     check_code(Checkpoint(folder).config, str(checkpoint), False)
-    path = Path(output) if output is not None else _named(str(checkpoint), to, type)
-    if engine is None:
-        return _to_gguf(folder, path, type, split, check, reporter)
-    return _to_onnx(folder, path.absolute(), engine, type, int8_inputs, check, reporter)
-
-
-def _to_gguf(folder: Path, file: Path, kind: str, split: int | None, check: bool, reporter: Reporter) -> Exported:
-    if file.is_dir():
-        raise OutputError(f"{file}: is a folder; name a file, like {file / 'model.gguf'}")
-    from compress.evaluation.llama_cpp import Timing, check_in_llama_cpp
-    from compress.exports.gguf.write import export_gguf
-
-    written = export_gguf(folder, file.absolute(), kind, split, reporter)
+    path = Path(output) if output is not None else _named(str(checkpoint), spec)
+    if spec.target.suffix and path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file, like {path / f'model{spec.target.suffix}'}")
+    written = exporter.write(folder, path.absolute(), reporter)
     if not check:
         return Exported(written, [], None)
-    reporter.say("asking llama.cpp about it")
-    return Exported(written, *check_in_llama_cpp(folder, written.files[0], written.matrices, timing=Timing()))
+    reporter.say(f"asking {spec.target.program} about it")
+    return Exported(written, *exporter.ask(folder, written))
 
 
-def _to_onnx(
-    folder: Path, output: Path, engine: Engine, kind: str, int8_inputs: bool, check: bool, reporter: Reporter
-) -> Exported:
-    from compress.evaluation.onnx_runtime import Timing, check_in_onnx_runtime
-    from compress.exports.onnx.build import export_onnx
+def _spec(to: str, kind: str, options: dict[str, Any]) -> ExportSpec:
+    """What is asked for, if it can be.
 
-    written = export_onnx(folder, output, engine, kind, int8_inputs, reporter)
-    if not check:
-        return Exported(written, [], None)
-    reporter.say("asking ONNX Runtime GenAI about it")
-    checks, pace = check_in_onnx_runtime(
-        folder, output, engine, len(written.codes), written.codes.other, int8_inputs, timing=Timing()
-    )
-    return Exported(written, checks, pace)
-
-
-def _onnx_engine(python: str | Path | None) -> Engine:
-    from compress.evaluation.onnx_runtime import PROGRAM
-
-    found = find_program(PROGRAM, None if python is None else str(python))
-    if isinstance(found, str):
-        raise UserError(f"--to onnx: {found}")
-    return found
+    Raises:
+        UserError: in the words of the command.
+    """
+    _check_choice("--to", to, tuple(TARGETS))
+    _check_choice("--type", kind, TARGETS[to].types)
+    given = {option: value for option, value in options.items() if value not in (None, False)}
+    for option in given:
+        if option not in TARGETS[to].options:
+            raise UserError(f"--{option.replace('_', '-')}: is for --to {targets_with(option)}; leave it out")
+    if (split := given.get("split")) is not None and split < 1:
+        raise UserError(f"--split {split}: is no size; write it like 4GB, 1.5GiB or 500MB")
+    if "python" in given:
+        given["python"] = str(given["python"])
+    return ExportSpec.model_validate({"to": to, "type": kind, **given})
 
 
 def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -132,8 +108,9 @@ def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{option} {value}: is not known; use {', '.join(allowed)}")
 
 
-def _named(reference: str, to: str, kind: str) -> Path:
+def _named(reference: str, spec: ExportSpec) -> Path:
     """The file or folder that is written where none is named."""
-    name = Path(reference).resolve().name.removesuffix(".gguf")
-    kind = "" if kind == "auto" else f"-{kind.upper()}"
-    return Path(f"{name}{kind}.gguf" if to == "gguf" else f"{name}{kind}-onnx")
+    stem = Path(reference).resolve().name.removesuffix(".gguf")
+    if spec.target.suffix:
+        return Path(spec.file_name(stem))
+    return Path(f"{stem}{'' if spec.type == 'auto' else f'-{spec.type.upper()}'}-{spec.to}")

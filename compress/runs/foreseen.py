@@ -3,13 +3,16 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from compress.exports.plan import Foreseen, disk_bytes, export_bytes
 from compress.forecast_records import Forecast
+from compress.recipe.export import stem_of
 from compress.recipe.types import StageSpec
 from compress.records import Record, read_record
 from compress.report.figures import duration
 from compress.stages.contract import Place, Plan, Result
+from compress.stages.quantize.plan import plan_matrices
 from compress.system import distributed
 from compress.system.machine import fast_bf16
 from compress.system.memory import available, free_here, resident
@@ -17,6 +20,7 @@ from compress.system.units import size
 
 if TYPE_CHECKING:
     from compress.loop.context import Context
+    from compress.runs.plan import RunPlan
 
 
 def place_of(device: str, limit: int | None) -> Place:
@@ -80,3 +84,28 @@ def _is_same(record: Record, spec: StageSpec, plan: Plan, place: Place) -> bool:
     if foreseen is None or plan.forecast is None or place.device not in (stage.device or ""):
         return False
     return foreseen.output_bytes == plan.forecast.output_bytes and stage.spec == spec.model_dump(mode="json")
+
+
+def foreseen_result(planned: "RunPlan") -> Foreseen:
+    """What is known of a run's result, whose model is here, before there is one."""
+    *before, last = planned.parts
+    shapes, spec = last.plan.shapes, planned.specs[-1]
+    assert shapes is not None and planned.base is not None, "it has been planned on the model"
+    if spec.kind != "quantize":
+        return Foreseen(shapes)
+    parent, stage = before[-1].plan.shapes if before else planned.base, cast(Any, spec)
+    assert parent is not None
+    return Foreseen(shapes, stage.layout, plan_matrices(stage, parent, f"stages.{last.number}"))
+
+
+def export_rows(planned: "RunPlan") -> list[tuple[str, str]]:
+    """What a dry run says of a recipe's exports, as (label, text)."""
+    recipe = planned.recipe
+    result = foreseen_result(planned) if recipe.export else None
+    rows = []
+    for spec in recipe.export:
+        assert result is not None
+        name = spec.file_name(stem_of(recipe.name))
+        written, disk = size(export_bytes(spec, result)), size(disk_bytes(spec, result))
+        rows.append(("export", f"{name} for {spec.target.program}: about {written}, and {disk} in the work folder"))
+    return rows

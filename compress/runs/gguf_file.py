@@ -1,6 +1,7 @@
 """The .gguf file at the end of a recipe: written from the last artefact, opened in llama.cpp, put into the output."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,16 +12,21 @@ from compress.evaluation.llama_cpp_served import served_in_llama_cpp
 from compress.evaluation.verify import Check
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
+from compress.model.side_files import side_digest
 from compress.model.source import resolve_model
+from compress.recipe.export import stem_of
 from compress.recipe.schema import Recipe
 from compress.records import Report, read_record
 from compress.runs.artefact import StageArtefact
 from compress.served_records import Served
+from compress.stages.quantize.input_squares import FILE as SUMS
 from compress.system.extras import missing_extra
 from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint, sha256
 from compress.system.locks import made_once
 from compress.system.progress import Reporter
+
+_IMATRIX = "imatrix.gguf"
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class GgufFile:
         name: in the output.
         bytes: of it.
         served: for the report.
+        beside: what goes into the output beside it, by its name there.
     """
 
     path: Path
     name: str
     bytes: int
     served: Served
+    beside: Mapping[str, Path]
 
 
 def writes_gguf(recipe: Recipe) -> bool:
@@ -78,22 +86,25 @@ def make_gguf(
         fresh: write anew what was written before.
         context: where our reader computes, and who is told what happens.
     """
+    from compress.exports.gguf.imatrix import export_imatrix
     from compress.exports.gguf.write import CODE_VERSION, export_gguf
 
     reporter = context.reporter
 
-    def once(checkpoint: Path, key: str) -> tuple[Path, list[str]]:
-        folder = work / "gguf" / fingerprint(key, CODE_VERSION)
+    def once(checkpoint: Path, key: str, name: str | None = None) -> tuple[Path, list[str]]:
+        folder = work / "gguf" / fingerprint(key, side_digest(checkpoint), name, CODE_VERSION)
         folder.mkdir(parents=True, exist_ok=True)
         file, remarks = folder / "model.gguf", folder / "remarks.json"
         if fresh:
             remarks.unlink(missing_ok=True)
         with made_once(remarks, lambda holder: reporter.say(f"waiting for {holder}, which writes it")) as missing:
             if missing:
-                write_text(remarks, json.dumps(export_gguf(checkpoint, file, "auto", None, reporter).remarks))
+                if (checkpoint / SUMS).is_file():
+                    export_imatrix(checkpoint, checkpoint / SUMS, folder / _IMATRIX)
+                write_text(remarks, json.dumps(export_gguf(checkpoint, file, "auto", None, reporter, name).remarks))
             return file, json.loads(remarks.read_text(encoding="utf-8"))
 
-    file, remarks = once(artefact.folder, artefact.key)
+    file, remarks = once(artefact.folder, artefact.key, recipe.name)
     for remark in remarks:
         reporter.warn(remark)
     beside = None if recipe.serve is None else once(base.folder, base_id)[0]
@@ -101,7 +112,9 @@ def make_gguf(
     served = served_in_llama_cpp(
         artefact.folder, file, matrix_types(file), beside, context.device, recipe.trust_remote_code
     )
-    return GgufFile(file, file_name(recipe), file.stat().st_size, served)
+    named = f"{stem_of(recipe.name)}.{_IMATRIX}"
+    sums = {named: file.with_name(_IMATRIX)} if (artefact.folder / SUMS).is_file() else {}
+    return GgufFile(file, file_name(recipe), file.stat().st_size, served, sums)
 
 
 def verify_gguf(file: Path) -> list[Check]:
@@ -128,8 +141,8 @@ def matrix_types(file: Path) -> set[str]:
 def file_name(recipe: Recipe) -> str:
     """NAME-Q4_K_M.gguf."""
     kind = str(getattr(recipe.stages[-1], "type", ""))
-    stem = recipe.name if kind in recipe.name.lower() else f"{recipe.name}-{kind.upper()}"
-    return f"{stem}.gguf"
+    stem = stem_of(recipe.name)
+    return f"{stem if kind in stem.lower() else f'{stem}-{kind.upper()}'}.gguf"
 
 
 def with_gguf(report: Report, made: GgufFile) -> Report:

@@ -236,3 +236,13 @@ def with_figures(
     if quality is not None:
         figures |= {"perplexity": quality.perplexity.compressed, "kl": quality.kl.mean}
     return stage.model_copy(update=figures)
+
+
+def calibration_of(tokens: TokenSet | None) -> records.Calibration | None:
+    """The record of the text that was calibrated on."""
+    if tokens is None:
+        return None
+    return records.Calibration(
+        name=tokens.name, source=Path(tokens.source).name, licence=tokens.licence, sequences=tokens.sequences,
+        sequence_length=tokens.sequence_length, tokens=tokens.count, sha256=tokens.sha256,
+    )  # fmt: skip

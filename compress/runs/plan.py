@@ -12,6 +12,7 @@ from pathlib import Path
 from compress.data.sources import source_files
 from compress.errors import CalibrationError, ModelError, RecipeError
 from compress.evaluation.tasks.names import task_problems
+from compress.evaluation.tasks.places import task_lines
 from compress.forecast_records import Forecast
 from compress.model.arch import check_code, check_supported, positions_of
 from compress.model.checkpoint import Checkpoint
@@ -23,10 +24,11 @@ from compress.recipe.schema import Recipe
 from compress.recipe.text import CalibrationSpec, SourceSpec
 from compress.recipe.train import BASE, DistillStage, FinetuneStage
 from compress.recipe.types import StageSpec
-from compress.runs.foreseen import memory_words, time_words
+from compress.runs.foreseen import export_rows, memory_words, time_words
 from compress.stages import KINDS
 from compress.stages.contract import Place, Plan, Setting
 from compress.system.fingerprint import sha256
+from compress.system.tracker import tracker_problem
 from compress.system.units import size
 
 _ONE_CPU = Place()
@@ -135,7 +137,10 @@ class RunPlan:
                 rows.append(("disk", f"about {size(stage.forecast.disk_bytes)} under {work}, {free} free"))
             if words := time_words(spec, stage, self.place, work):
                 rows.append(("time", words))
-        return [f"{label:<9}{text}" for label, text in [*rows, ("output", self.recipe.output)]]
+        said = task_lines(self.recipe.evaluate, self.base, self.place.device, self.place.width, work)
+        rows += [("tasks", line) for line in said]
+        rows += [*export_rows(self), ("output", self.recipe.output)]
+        return [f"{label:<9}{text}" for label, text in rows]
 
 
 def plan_run(
@@ -191,7 +196,7 @@ def _fold(
             setting = replace(behind, following=following)
             parts.append(Part(number, spec, KINDS[spec.kind].plan().plan(spec, shapes, setting)))
             shapes = parts[-1].plan.shapes
-    _check(parts, [*_between(parts), *_not_comparable(recipe, base, models), *_tasks(recipe)])
+    _check(parts, [*_between(parts), *_not_comparable(recipe, base, models), *_asked_for(recipe)])
     return parts
 
 
@@ -225,13 +230,14 @@ def _between(parts: Sequence[Part]) -> list[str]:
     return problems
 
 
-def _tasks(recipe: Recipe) -> list[str]:
-    """Tasks of the evaluation that nobody knows."""
-    evaluate = recipe.evaluate
+def _asked_for(recipe: Recipe) -> list[str]:
+    """A tracker that is not installed, and tasks of the evaluation that nobody knows."""
+    problem, evaluate = tracker_problem(recipe.tracker), recipe.evaluate
+    found = [] if problem is None else [f"tracker: {problem}"]
     if evaluate is None or evaluate.tasks is None:
-        return []
+        return found
     files = None if evaluate.task_files is None else Path(evaluate.task_files)
-    return task_problems(evaluate.tasks, files, "evaluate.tasks")
+    return found + task_problems(evaluate.tasks, files, "evaluate.tasks")
 
 
 def _not_comparable(recipe: Recipe, base: Checkpoint | None, models: Mapping[str, Path]) -> list[str]:

@@ -42,10 +42,13 @@ from compress.runs.artefact import (
     write_output,
 )
 from compress.runs.builds import check_planned
+from compress.runs.exported import check_exports, make_exports, note_unasked
+from compress.runs.exporters import Exporter
 from compress.runs.foreseen import place_now, with_forecast
 from compress.runs.gguf_file import check_writable, make_gguf, with_gguf, writes_gguf
-from compress.runs.measure import Measurement, answers, prompts_of, read_windows, with_figures
+from compress.runs.measure import Measurement, answers, calibration_of, prompts_of, read_windows, with_figures
 from compress.runs.plan import RunPlan, other_models, plan_run
+from compress.runs.tracked import track
 from compress.stages import KINDS
 from compress.stages.contract import Result
 from compress.system import distributed
@@ -136,6 +139,7 @@ class _Job:
     context: Context
     windows: list[TokenSet]
     engine: Engine | str | None
+    exporters: list[Exporter]
 
     def __init__(
         self,
@@ -209,6 +213,8 @@ class _Job:
         gguf = writes_gguf(recipe)  # which llama.cpp serves
         if gguf:
             check_writable(recipe, base)
+        self.exporters = check_exports(self.planned) if distributed.rank() == 0 else []
+        note_unasked(self.exporters, self.reporter)
         self.engine = None
         if recipe.serve is not None and not gguf and distributed.rank() == 0:
             self.engine = find_engine(recipe.serve.python)
@@ -271,7 +277,7 @@ class _Job:
         shared = self.work / "scores" / fingerprint(parent_id, text, str(self.context.dtype), *here)
         return replace(
             self.context, base=self.base, layers=self.layers, fresh=self.fresh, shared=shared, work=self.work,
-            models=self.models, tracked=self.recipe.name,
+            models=self.models, tracker=self.recipe.tracker, tracked=self.recipe.name,
         )  # fmt: skip
 
     def work_of(self, number: int, parent: Checkpoint, parent_id: str, artefact: StageArtefact) -> Callable[[], Result]:
@@ -300,14 +306,17 @@ class _Job:
 
     def finish(self, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""
-        made = None
-        if writes_gguf(self.recipe):
-            last, base = self.made[-1], self.base
-            made = make_gguf(self.recipe, last, base, self.base_id, self.work, self.fresh, self.context)
-        report = self._report(stages)
-        if made is not None:
-            report = with_gguf(report, made)
-        write_output(self.made[-1].folder, self.output, report, None if made is None else (made.path, made.name))
+        made, recipe, last = None, self.recipe, self.made[-1]
+        with ExitStack() as held:
+            if writes_gguf(recipe):
+                made = make_gguf(recipe, last, self.base, self.base_id, self.work, self.fresh, self.context)
+            exported = make_exports(self.exporters, recipe, last, self.work, self.fresh, self.context, held)
+            report = exported.added_to(self._report(stages))
+            if made is not None:
+                report = with_gguf(report, made)
+            file, beside = (None, {}) if made is None else ((made.path, made.name), made.beside)
+            write_output(last.folder, self.output, report, file, {**beside, **exported.files})
+        track(report, recipe.tracker, self.work, self.reporter)
         return report
 
     def _report(self, stages: list[records.Stage]) -> records.Report:
@@ -338,7 +347,7 @@ class _Job:
             ),
             compressed=compressed, size_ratio=base.bytes / result.bytes, quality=qualities[-1], further=further,
             stages=stages,
-            calibration=_calibration(self.context.tokens), generations=found.generations, generations_note=found.note,
+            calibration=calibration_of(self.context.tokens), generations=found.generations, generations_note=found.note,
             verified=found.verified, speed=speed, speed_note=speed_note, machine=machine(self.context.device),
             served=served, versions=versions(), warnings=self.reporter.warnings,
         )  # fmt: skip
@@ -385,12 +394,3 @@ class _Job:
             self.reporter.warn(warning)
         self.reporter.say(f"calibrating on {tokens.sequences} x {tokens.sequence_length} tokens of {tokens.name}")
         return tokens
-
-
-def _calibration(tokens: TokenSet | None) -> records.Calibration | None:
-    if tokens is None:
-        return None
-    return records.Calibration(
-        name=tokens.name, source=Path(tokens.source).name, licence=tokens.licence, sequences=tokens.sequences,
-        sequence_length=tokens.sequence_length, tokens=tokens.count, sha256=tokens.sha256,
-    )  # fmt: skip

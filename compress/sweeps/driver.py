@@ -17,7 +17,7 @@ from compress import records
 from compress.errors import OutputError, RecipeError, UserError
 from compress.report.frontier import figures_of, frontier
 from compress.report.sweep import write_sweep
-from compress.runs.artefact import check_output, check_work, work_folder
+from compress.runs.artefact import check_output, check_work, drop_weights, work_folder
 from compress.runs.cache import drop_artefact
 from compress.sweep_records import SWEEP, Point, Searched, Sweep
 from compress.sweeps import tree
@@ -300,8 +300,7 @@ class _Driver:
             write_point(self.folder, self.points[name])  # first: half of the weights are none
             folder = self.folder / POINTS / name
             record = records.read_record(folder)
-            for file in folder.glob("*.safetensors*"):
-                file.unlink()
+            drop_weights(folder)
             if record is not None:
                 drop_artefact(self.prepared.work, record.fingerprint)
 

@@ -26,6 +26,8 @@ from compress.system.files import write_text
 from compress.system.fingerprint import fingerprint
 from compress.system.progress import Reporter
 
+_NOT_IDENTITY = ("name", "output", "tracker")  # keys of a recipe that change nothing of what a point comes to
+
 
 def plan_sweep(
     recipe: str | Path,
@@ -80,7 +82,7 @@ class Prepared:
 
     def key(self, point: Planned, plan: RunPlan) -> str:
         """What a point's result hangs on."""
-        shown = {name: value for name, value in point.recipe.shown().items() if name not in ("name", "output")}
+        shown = {name: value for name, value in point.recipe.shown().items() if name not in _NOT_IDENTITY}
         texts = [_text(spec) for spec in _texts(point.recipe, plan)]
         others = [identity(Checkpoint(folder), self.work) for folder in self.models.values()]
         return fingerprint(shown, self.base_id, side_digest(self.folder), texts, others, compress.__version__)

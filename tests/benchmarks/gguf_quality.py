@@ -1,7 +1,7 @@
 """GGUF files beside llama.cpp's own quantizer: the same types for every tensor, calibration text and evaluation.
 
     python tests/benchmarks/gguf_quality.py [MODEL] [--types q4_0 q4_k_m q3_k_m q2_k] [--calibration FILE]
-        [--samples 128] [--length 512] [--windows 64] [--pages 4] [--stage KEY=VALUE ...]
+        [--samples 128] [--length 512] [--windows 64] [--pages 4] [--stage KEY=VALUE ...] [--autoround PYTHON]
 
 Needs the packages gguf and xllamacpp, whose library has llama.cpp's quantizer. Ours is what `compress.run` writes with
 `format: gguf`. llama.cpp's are copies of that file in which each quantized matrix is what `ggml_quantize_chunk` makes
@@ -10,6 +10,9 @@ model, in float32, on the same calibration tokens; as in llama.cpp, embeddings a
 same size to the byte. (Given an importance matrix, llama.cpp stores the first layers' down projections of a q4_0 or
 q5_0 file with minima, which takes more bytes; here it does not.)
 
+AutoRound's file, where the Python of an environment that has it is named, is made of the same tokens with 200 steps a
+layer, its default; which types it stores tensors in is its own choice, so its bytes may be others.
+
 All are judged by `compress.evaluate` on WikiText-2's test text against the original in bf16. At the end llama.cpp
 itself computes the perplexity of our file on the first windows, beside our reader in float32.
 """
@@ -17,6 +20,7 @@ itself computes the perplexity of our file on the first windows, beside our read
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -52,15 +57,14 @@ def _add_squares(total: Tensor, _: torch.nn.Module, inputs: tuple[Tensor], __: T
     total += inputs[0].flatten(0, 1).square().sum(0, dtype=torch.float64)
 
 
-def mean_squares(folder: Path, spec: CalibrationSpec) -> dict[str, Tensor]:
-    """Of the inputs of each linear inside the layers, [I], by its name in a GGUF file."""
+def mean_squares(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Of the inputs of each linear inside the layers, [I], by its name in a GGUF file, on tokens [N, S]."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     head = model.get_output_embeddings()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     found = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in linears.items()}
     for name, module in linears.items():
         module.register_forward_hook(partial(_add_squares, found[name]))
-    tokens = load_calibration(spec, load_tokenizer(folder, False)).tokens
     with torch.no_grad():
         for batch in tokens.split(8):
             model.model(batch)
@@ -94,6 +98,17 @@ def by_llama(ours: Path, base: Path, file: Path, importance: Mapping[str, Tensor
         inputs = squares.get(tensor.name.removesuffix(".weight"))
         tensor.data[:] = pack(quantized_by_llama(weight, block, inputs)).numpy()
     reader.data.flush()
+
+
+def by_autoround(python: str, base: Path, kind: str, tokens: Tensor, work: Path) -> tuple[Path, str]:
+    """AutoRound's file, and how many seconds it took."""
+    np.save(work / "tokens.npy", tokens.numpy())
+    script, folder = ROOT / "tests" / "support" / "autoround_gguf.py", work / f"autoround-{kind}"
+    command = [python, script, base, folder, kind, work / "tokens.npy", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"AutoRound failed: {done.stderr.strip().splitlines()[-1]}")
+    return next(folder.rglob("*.gguf")), done.stdout.strip().splitlines()[-1]
 
 
 def tensor_bytes(file: Path) -> int:
@@ -145,6 +160,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--pages", type=int, default=4, help="windows on which llama.cpp computes the perplexity")
     parser.add_argument("--stage", nargs="*", default=[], help="other settings of the stage, as JSON")
+    parser.add_argument("--autoround", metavar="PYTHON", help="of an environment with auto-round")
     options = parser.parse_args()
     spec = CalibrationSpec(source=options.calibration, samples=options.samples, sequence_length=options.length)
     print(f"{options.samples} x {options.length} calibration tokens, {options.windows} windows of {options.length}")
@@ -153,14 +169,17 @@ def main() -> None:
         work = Path(scratch)
         base, original = resolve_model(options.model, None, work, QUIET.say), work / "base.gguf"
         export_gguf(base, original, reporter=QUIET)
-        squares, ratios, agreement = mean_squares(base, spec), [], []
+        tokens = load_calibration(spec, load_tokenizer(base, False)).tokens
+        squares, ratios, agreement = mean_squares(base, tokens), [], []
         for kind in options.types:
             started = time.monotonic()
             files = {"dscompress": compressed(kind, spec, base, work, options)}
-            seconds = time.monotonic() - started
+            took = {"dscompress": f"{time.monotonic() - started:.0f}"}
             for system, importance in {"llama.cpp": {}, "llama.cpp, imatrix": squares}.items():
                 files[system] = work / f"{kind}{len(files)}.gguf"
                 by_llama(files["dscompress"], original, files[system], importance)
+            if options.autoround:
+                files["AutoRound"], took["AutoRound"] = by_autoround(options.autoround, base, kind, tokens, work)
             found = {}
             for system, file in files.items():
                 quality = compress.evaluate(
@@ -168,13 +187,12 @@ def main() -> None:
                     reporter=QUIET,
                 )  # fmt: skip
                 found[system] = quality.kl.mean
-                took = f"{seconds:.0f}" if system == "dscompress" else ""
                 values = f"{quality.kl.mean:.5f} | {quality.perplexity.compressed:.3f} ({quality.perplexity.base:.3f})"
-                print(f"| {kind} | {tensor_bytes(file):,} | {system} | {took} | {values} |", flush=True)
+                print(f"| {kind} | {tensor_bytes(file):,} | {system} | {took.get(system, '')} | {values} |", flush=True)
             ratios.append(f"{kind} {found.pop('dscompress') / min(found.values()):.3f}")
             theirs, own = perplexities(files["dscompress"], base, work, options)
             agreement.append(f"{kind} {theirs:.3f} and {own:.3f} ({theirs / own - 1:+.2%})")
-    print(f"KL, of the better of llama.cpp's: {', '.join(ratios)}")
+    print(f"KL, of the best of the others': {', '.join(ratios)}")
     print(f"perplexity on {options.pages} windows, llama.cpp's and ours of the same file: {', '.join(agreement)}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_files
 import pytest
+from command import invoke
 from random_models import make_model
 
 from compress.evaluation.onnx_runtime import PROGRAM, ask_onnx_runtime, check_in_onnx_runtime
@@ -21,6 +22,7 @@ from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.packing import pack_rows
 from compress.model.checkpoint import Checkpoint
 from compress.quant.grid import Quantized
+from compress.records import Report
 from compress.system.programs import Engine, find_program
 from compress.system.progress import Reporter
 
@@ -129,6 +131,28 @@ def test_a_code_that_is_another_is_found(engine: Engine, tmp_path: Path, tiny_mo
     data.write_bytes(raw)
     changed = ask_onnx_runtime(written.folder, engine, probe_tokens(folder, False).tolist())
     assert not isinstance(changed, str) and written.codes.other(changed.nodes) == [module]
+
+
+def test_the_bundled_recipe_leaves_a_folder_that_computes_the_same(
+    engine: Engine, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    smaller = ["calibration.samples=4", "calibration.sequence_length=128", "evaluate=false"]
+    smaller += [f"export.0={{to: onnx, python: {engine.python}}}"]
+    options = [option for value in smaller for option in ("--set", value)]
+    done = invoke("run", "8b_onnx_int4", "--model", tiny_model, "--device", "cpu", *options)
+    assert done.exit_code == 0, done.stderr
+    output = tmp_path / "outputs" / "8b_onnx_int4"
+    (found,) = Report.model_validate_json((output / "report.json").read_bytes()).exports
+    assert found.passed and found.carried == 42 and found.version == engine.version and found.pace is not None
+    assert {check.name for check in found.checks} == {"codes", "tokens", "onnx runtime"}
+    answer = ask_onnx_runtime(output / "onnx", engine, probe_tokens(output, False).tolist())
+    assert not isinstance(answer, str) and len(answer.nodes) == 30  # q, k and v of a layer are joined
+    assert invoke("verify", output).exit_code == 0
+    data = output / "onnx" / "model.onnx.data"
+    data.unlink()
+    done = invoke("verify", output)
+    assert done.exit_code == 1 and "FAIL files: changed since they were written: onnx/model.onnx.data" in done.stdout
 
 
 def test_the_line_that_is_told_runs(engine: Engine, tmp_path: Path, tiny_model: Path) -> None:

@@ -1,6 +1,8 @@
 """Tasks by the command: a run, a sweep point that shares the base's answers, a model beside itself, mistakes."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,10 +42,34 @@ def recipe(folder: Path, model: Path, bits: int) -> Path:
     return file
 
 
+def tasks_of_a_dry_run(recipe: Path, work: Path) -> list[str]:
+    planned = invoke("run", recipe, "--device", "cpu", "--work-dir", work, "--dry-run")
+    assert planned.exit_code == 0, planned.stderr
+    return [line.removeprefix("tasks").strip() for line in planned.stdout.splitlines() if line.startswith("tasks")]
+
+
+def test_a_dry_run_says_what_is_asked_and_opens_no_data(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # what reads them
+    file, work = recipe(tmp_path, tiny_model, 8), tmp_path / "work"
+    (asked, kept) = tasks_of_a_dry_run(file, work)
+    assert asked == (
+        "endings, last_words: at most 6 items of each task, by base and result; their time is not foreseen"
+    )
+    assert kept == f"answers of the base are kept in {work / 'answers'} for all runs with it: none are there yet"
+    file.write_text(file.read_text().replace("limit: 6", "fewshot: 2"))
+    (asked, _) = tasks_of_a_dry_run(file, work)
+    assert asked.startswith("endings, last_words: all items of each task, by base and result, 2 examples before each;")
+    file.write_text(file.read_text().replace("tasks: [endings, last_words], task_files", "text: wikitext2} #"))
+    assert tasks_of_a_dry_run(file, work) == [] and not work.exists()
+
+
 def test_runs_report_tasks_and_share_what_the_base_answered(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")  # whose files nobody else touches
     written: dict[Path, int] = {}
     for bits in (8, 3):
-        result = invoke("run", recipe(tmp_path, tiny_model, bits), "--device", "cpu", "--work-dir", tmp_path / "work")
+        result = invoke("run", recipe(tmp_path, model, bits), "--device", "cpu", "--work-dir", tmp_path / "work")
         assert result.exit_code == 0, result.stderr
         report = json.loads((tmp_path / f"out{bits}" / "report.json").read_text())
         tasks, decision = report["quality"]["tasks"], report["quality"]["task_decision"]
@@ -60,6 +86,11 @@ def test_runs_report_tasks_and_share_what_the_base_answered(tiny_model: Path, tm
         assert files.items() >= written.items(), "nothing was asked of the base again"
         assert len(files) == len(written) + (2 if not written else 1)
         written = files
+    (_, kept) = tasks_of_a_dry_run(recipe(tmp_path, model, 2), tmp_path / "work")
+    assert kept.endswith(f"for all runs with it: {4 * 6 + 6} are there, and none of them is asked for again")
+    (model / "model.safetensors").touch()  # the same to a run, which reads it to know that
+    (_, kept) = tasks_of_a_dry_run(recipe(tmp_path, model, 2), tmp_path / "work")
+    assert kept.endswith("for all runs with it: those that are there are not asked for again")
     listed = invoke("cache", "ls", tmp_path / "work")
     assert listed.stdout.count("answers") == 3
 

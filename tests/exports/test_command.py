@@ -49,7 +49,7 @@ def test_the_file_can_be_named_and_have_a_type_and_parts(here: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "another program": (["model", "--to", "openvino"], "--to openvino: is not known; use gguf, onnx"),
+    "another program": (["model", "--to", "mlx"], "--to mlx: is not known; use gguf, onnx, openvino"),
     "another type": (
         ["model", "--to", "gguf", "--type", "q4_k"],
         "--type q4_k: is not known; use auto, f32, bf16, f16, q8_0",

@@ -335,8 +335,8 @@ def test_the_command_says_what_it_wrote(dense: Path, tmp_path: Path, monkeypatch
     [
         (["--to", "onnx", "--type", "q8_0"], "--type q8_0: is not known; use auto, f32"),
         (["--to", "onnx", "--split", "1GB"], "--split: is for --to gguf; leave it out"),
-        (["--to", "gguf", "--int8-inputs"], "--int8-inputs: is for --to onnx; leave it out"),
-        (["--to", "gguf", "--python", "python"], "--python: is for --to onnx; leave it out"),
+        (["--to", "gguf", "--int8-inputs"], "--int8-inputs: is for --to onnx or openvino; leave it out"),
+        (["--to", "gguf", "--python", "python"], "--python: is for --to onnx or openvino; leave it out"),
     ],
 )
 def test_mistakes_are_one_line(dense: Path, arguments: list[str], message: str) -> None:

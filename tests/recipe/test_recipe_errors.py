@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent.parent / "recipes"
 RECIPES = f"(bundled: {', '.join(sorted(file.stem for file in FOLDER.glob('*.yaml')))})"
 SPECS = "(bundled: chat_en, general_en, general_en_small, wikitext2)"
 KINDS = "distill, finetune, prune or quantize"
-KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, serve, sweep, output"
+KEYS = "name, model, revision, trust_remote_code, calibration, stages, evaluate, serve, export, tracker, sweep, output"
 WHOLE = "is not a whole number; write one such as 128, 64k, 20M or 1B"
 FORM = 'is not path=value, such as stages.0.bits=3; write a part that has dots as ["*.down_proj"]'
 

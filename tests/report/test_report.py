@@ -72,6 +72,7 @@ def _record(layers: int = 3) -> dict[str, Any]:
         },
         "further": [],
         "served": None,
+        "exports": [],
         "stages": [
             {
                 "kind": "quantize", "seconds": 71.2, "peak_memory_bytes": 1_312_000_000, "peak_gpu_memory_bytes": None,

@@ -1,6 +1,7 @@
 """`format: gguf`: what is solved, kept and written, and what llama.cpp and gguf read in it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     done = run(folder, recipe(tiny_model, folder / "out", type="q3_k_m"))
     assert done.exit_code == 0, done.stderr
     return folder
+
+
+def test_a_corrected_chat_template_reaches_the_file_of_a_finished_stage(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    document = recipe(model, tmp_path / "out", type="q8_0", method="rtn") | {"evaluate": False}
+    for template in ("{{ messages[0].content }}", "{{ messages[-1].content }}"):
+        (model / "chat_template.jinja").write_text(template)
+        done = run(tmp_path, document)
+        assert done.exit_code == 0, done.stderr
+        (file,) = (tmp_path / "out").glob("*.gguf")
+        fields = GGUFReader(file).fields
+        assert fields["tokenizer.chat_template"].contents() == template
+        assert fields["general.name"].contents() == "tiny"
+    assert "quantize: finished before" in done.stderr
 
 
 def test_mixes_and_types_of_recipes_are_those_that_are_known() -> None:

@@ -194,7 +194,7 @@ def test_a_teacher_with_fewer_positions_than_the_text_is_long(base: Checkpoint, 
 
 def test_packages_that_are_missing(base: Checkpoint, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.system.extras.find_spec", lambda name: None)
-    monkeypatch.setattr("compress.train.log.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("compress.system.tracker.importlib.util.find_spec", lambda name: None)
     stage = spec(text, lora={}, optimizer="adamw8bit", tracker="wandb")
     assert planned(base, stage).problems == [
         "stages.0: peft is not installed; pip install 'dscompress[train]'",

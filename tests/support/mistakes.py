@@ -11,8 +11,8 @@ from compress.system.locks import FileLock
 
 RECIPES = (
     "8b_edge, 8b_edge_chain, 8b_fp8_dynamic, 8b_fp8_static_kv, 8b_gguf_q4_k_m, 8b_int4_gptq, 8b_int8_dynamic, "
-    "8b_int8_static, 8b_prune_20, 8b_prune_35, 8b_to_1.3b_distill, bits_and_sparsity, cpu_int8, precision_matrix, "
-    "prune_sweep, quickstart, smollm2_edge_chain, smollm2_gguf_q4_k_m, smollm2_prune_int4"
+    "8b_int8_static, 8b_onnx_int4, 8b_prune_20, 8b_prune_35, 8b_to_1.3b_distill, bits_and_sparsity, cpu_int8, "
+    "precision_matrix, prune_sweep, quickstart, smollm2_edge_chain, smollm2_gguf_q4_k_m, smollm2_prune_int4"
 )
 EVAL = ["--sequence-length", "32", "--device", "cpu"]
 

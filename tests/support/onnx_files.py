@@ -25,6 +25,15 @@ def quantized(dense: Path, work: Path, **spec: Any) -> Path:
     return work / "checkpoint"
 
 
+def refusing(python: Path, failure: str) -> Engine:
+    """The same; asked about a folder, it fails with this error. It notes each call in the file `calls` beside it."""
+    engine = builder(python, f'echo "$1" >> "{python.parent}/calls"')
+    lines = python.read_text().split("\n")
+    answer = f"""case "$1" in *onnx_client.py) echo '{{"failure": "{failure}"}}' > "$3"; exit;; esac"""
+    python.write_text("\n".join([*lines[:2], lines[2], answer, *lines[3:]]))
+    return engine
+
+
 def builder(python: Path, more: str = "") -> Engine:
     """An environment whose builder copies what it reads (`read`) and notes how it was called (`command`).
 

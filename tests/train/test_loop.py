@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import settings as example
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from tracker_here import Package
 
 from compress.errors import NumericalError, OutputError, UserError
 from compress.system.progress import Reporter
+from compress.system.tracker import tracker_problem
 from compress.train import sharded, state
-from compress.train.log import Log, tracker_problem
+from compress.train.log import Log
 from compress.train.loop import Loop, Place, Settings
 from compress.train.progress import Progress
 from compress.train.schedule import rate
@@ -799,19 +801,6 @@ def test_a_tracker_that_is_not_installed_is_told_of(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert tracker_problem("wandb") == "wandb is not installed; pip install wandb, or remove tracker"
     assert tracker_problem(None) is None
-
-
-class Package(ModuleType):
-    """A stand-in for a tracker's package, which notes what is asked of it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.asked: list[tuple[Any, ...]] = []
-        for each in ("init", "log", "define_metric", "finish"):
-            setattr(self, each, self._noting(each))
-
-    def _noting(self, name: str) -> Any:
-        return lambda *values, **more: self.asked.append((name, *values, more))
 
 
 @pytest.fixture

@@ -9,26 +9,21 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from compress.errors import DscompressError, NumericalError, RecipeError
+from compress.evaluation.tasks.places import folder_of, identity_of
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
-from compress.model.side_files import side_digest
 from compress.recipe.schema import EvaluateSpec
 from compress.system import interrupts
 from compress.system.distributed import alone
-from compress.system.fingerprint import fingerprint
 from compress.system.locks import FileLock
-from compress.system.machine import versions
 
-CODE_VERSION = 1
 ANSWER = "answer.json"
 # Threads that spin while they wait for one that lost its core make small models several times slower beside other work.
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-_LIBRARIES = ("torch", "transformers", "compressed-tensors", "torchao")
 
 
 @dataclass(frozen=True)
@@ -121,10 +116,8 @@ def score(
     """
     assert spec.tasks
     dtype = str(context.dtype).removeprefix("torch.")
-    found = {name: version for name, version in versions().items() if name in _LIBRARIES}
-    own = [CODE_VERSION, identity, side_digest(checkpoint.folder), dtype, context.device.type, streamed, found]
-    own.append(version("lm_eval"))
-    folder = cache / fingerprint("answers", *own)
+    own = identity_of(identity, checkpoint.folder, dtype, context.device.type, streamed)
+    folder = folder_of(cache, own)
     request = Request(
         str(checkpoint.folder), list(spec.tasks), spec.task_files, spec.limit, spec.fewshot, spec.chat,
         str(context.device), dtype, context.trust_remote_code, streamed, str(folder), own,

@@ -9,13 +9,10 @@ Shapes: O output rows, I input columns, G groups, B blocks.
 import torch
 from torch import Tensor
 
+from compress.exports.gguf.fits import WIDTH, block_of
 from compress.formats.base import AnyQuantized
 from compress.model.gguf.block_types import BLOCK_TYPES
 from compress.quant.blocks import Blocked
-
-_WIDTH = 32
-_SYMMETRIC = {2: "q4_0", 3: "q4_0", 4: "q4_0", 5: "q5_0", 6: "q8_0", 7: "q8_0", 8: "q8_0"}  # by bits: no wider needed
-_ASYMMETRIC = {2: "q4_1", 3: "q4_1", 4: "q4_1", 5: "q5_1"}
 
 
 def as_blocks(matrix: AnyQuantized, order: Tensor | None = None) -> Blocked | None:
@@ -29,11 +26,11 @@ def as_blocks(matrix: AnyQuantized, order: Tensor | None = None) -> Blocked | No
         return matrix if order is None else _ordered(matrix, order)
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     middle = grid.symmetric or bool((matrix.zero == grid.middle).all())  # gptq stores zero points either way
-    name = (_SYMMETRIC if middle else _ASYMMETRIC).get(grid.bits)
     groups = matrix.scale.shape[1]
-    if name is None or grid.float8 or columns % (groups * _WIDTH):
+    name = None if grid.float8 or columns % groups else block_of(grid.bits, middle, columns // groups)
+    if name is None:
         return None
-    kind, repeat = BLOCK_TYPES[name], columns // groups // _WIDTH
+    kind, repeat = BLOCK_TYPES[name], columns // groups // WIDTH
     codes, scale, zero = matrix.codes, matrix.scale.float(), matrix.zero
     # a group of zeros has a scale that need not be kept
     levels = codes.view(rows, groups, -1).int() - zero[..., None].int()

@@ -25,6 +25,7 @@ from torch import Tensor
 from compress.errors import ModelError
 from compress.exports.gguf.blocks import as_blocks
 from compress.exports.gguf.config import Header
+from compress.exports.refused import ROUNDS_INPUTS
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.ggml import pack
 from compress.model.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ class Tensors:
         self.folder, self.header, self.checkpoint = checkpoint.folder, header, checkpoint
         view = DequantizedCheckpoint(checkpoint)
         if view.rounds_inputs:
-            raise self._error("is quantized as torchao, whose weights round inputs too; quantize it as another format")
+            raise self._error(ROUNDS_INPUTS)
         self.view = view.running_in(_DTYPES.get(kind, torch.float32))
         shapes = self._expected()
         self.entries = [self._entry(name, shape, kind, carry) for name, shape in shapes.items()]

@@ -23,13 +23,14 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _REMEDY = "llama.cpp has no such tokenizer"
 
 
-def tokenizer_keys(folder: Path, rows: int, trust_remote_code: bool = False) -> dict[str, Any]:
+def tokenizer_keys(folder: Path, rows: int, trust_remote_code: bool = False, name: str | None = None) -> dict[str, Any]:
     """The keys: `tokenizer.` and what follows, and the model's name, by which llama.cpp goes too.
 
     Args:
         folder: of the checkpoint.
         rows: of its embeddings; llama.cpp wants a token for each.
         trust_remote_code: as in transformers.
+        name: of the model; None is that of the folder.
 
     Raises:
         ModelError: there is no tokenizer, or none that llama.cpp can have.
@@ -49,16 +50,15 @@ def tokenizer_keys(folder: Path, rows: int, trust_remote_code: bool = False) -> 
         keys = {"model": "gpt2", "pre": _pre(folder, backend, state), "merges": merges}
     keys |= {"tokens": tokens, "token_type": kinds, **_special(folder, tokenizer)}
     found = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
-    found["general.name"] = _name(folder, state, tokens)
+    found["general.name"] = _name(name or folder.resolve().name, state, tokens)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return found | ({"tokenizer.chat_template": template} if template else {})
 
 
-def _name(folder: Path, state: dict[str, Any], tokens: Sequence[str]) -> str:
+def _name(name: str, state: dict[str, Any], tokens: Sequence[str]) -> str:
     """llama.cpp takes blanks behind special tokens away in a Phi-3 by name, and opens none without these tokens."""
-    name = folder.resolve().name
     said = re.search("phi-?3", name, re.IGNORECASE) is not None
     if not {"<unk>", "<s>", "<|endoftext|>"} <= set(tokens):
         return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)

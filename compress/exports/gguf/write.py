@@ -75,6 +75,7 @@ def export_gguf(
     kind: str = "auto",
     split_bytes: int | None = None,
     reporter: Reporter | None = None,
+    name: str | None = None,
 ) -> Written:
     """Write a checkpoint as a GGUF file.
 
@@ -85,6 +86,7 @@ def export_gguf(
             checkpoint's own dtype.
         split_bytes: of tensors in a part, at most; None writes one file.
         reporter: told what happens.
+        name: what programs call the model; None is the checkpoint's folder.
 
     Raises:
         ModelError: what llama.cpp can't have, by name.
@@ -94,7 +96,7 @@ def export_gguf(
     checkpoint = Checkpoint(folder)
     check_replaceable(file)
     header = header_of(folder, str(checkpoint.config.get("model_type")))
-    words = tokenizer_keys(folder, header.config.vocab_size)
+    words = tokenizer_keys(folder, header.config.vocab_size, name=name)
     dtype = _own_type(checkpoint)
     tensors = Tensors(checkpoint, header, dtype if kind == "auto" else kind.upper(), kind == "auto")
     types = Counter(entry.type.name for entry in tensors.entries)

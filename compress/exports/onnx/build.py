@@ -20,12 +20,13 @@ from torch import Tensor
 
 from compress import __version__
 from compress.errors import DscompressError, ModelError, OutputError
-from compress.exports.onnx.codes import WIDTHS, Digests, grid_of, joined_last, laid_out, pack
+from compress.exports.onnx.carried import HEAD, Asked, carried_grids
+from compress.exports.onnx.codes import WIDTHS, Digests, joined_last, laid_out, pack
 from compress.exports.onnx.config import builder_config, target_of
+from compress.exports.refused import ROUNDS_INPUTS
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.patterns import has_number
 from compress.model.checkpoint import INDEX, Checkpoint, write_part
-from compress.model.gguf.block_types import BlockType
 from compress.model.layout import by_layer
 from compress.model.names import layers_prefix, says_tied
 from compress.model.side_files import copy_side_files
@@ -35,6 +36,7 @@ from compress.system.programs import Engine, how_it_ended, run_program
 from compress.system.progress import Reporter
 from compress.system.units import size
 
+CODE_VERSION = 1  # raised when the same checkpoint gives other files
 MODEL = "model.onnx"
 MARK = "dscompress-export.json"  # a folder with this file is ours, and may be replaced
 _RUN = (
@@ -44,7 +46,7 @@ _RUN = (
     "print(tokenizer.decode(made.get_sequence(0)))"
 )
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}  # what lies in the current folder is no library
-_EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
+_EMBEDDINGS = "model.embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Written:
     weights: int
     codes: Digests
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def carried(self) -> int:
+        """How many matrices have the checkpoint's own codes."""
+        return len(self.codes)
 
     def facts(self) -> list[tuple[str, str]]:
         """What was written, a word and what it says, for people."""
@@ -164,58 +171,33 @@ class _Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, kind: str, int8_inputs: bool) -> None:
-        self.checkpoint, self.folder, self.int8_inputs = checkpoint, checkpoint.folder, int8_inputs
+        self.checkpoint, self.folder, self.kind, self.int8_inputs = checkpoint, checkpoint.folder, kind, int8_inputs
         self.config = builder_config(checkpoint.config, self.folder)
         self.target = target_of(checkpoint.config, self.folder)
         self.view = DequantizedCheckpoint(checkpoint)
         self.weights = self.view.unrounded()
         if self.view.rounds_inputs:
-            raise self._error("is quantized as torchao, whose weights round inputs too; quantize it as another format")
-        self.bits: dict[str, int] = {}
-        self.carried = {} if kind == "f32" else self._grids()
-        if int8_inputs and not self.carried:
-            raise self._error(
-                "has no codes here, and ONNX Runtime rounds inputs only of linears that do; leave out --int8-inputs"
-            )
+            raise ModelError(f"{self.folder}: {ROUNDS_INPUTS}")
+        self.carried = self._grids()
+        self.bits = {module: grid.bits for module in self.carried if isinstance(grid := self.view.grids[module], Grid)}
         self.digests = Digests()
-
-    def _error(self, words: str) -> ModelError:
-        return ModelError(f"{self.folder}: {words}")
 
     def _grids(self) -> dict[str, Grid]:
         """Grids in ONNX of all linears; none of a dense checkpoint."""
-        found: dict[str, Grid] = {}
-        for module, grid in self.view.grids.items():
-            if not has_number(module) and module != _HEAD:
-                continue  # embeddings, which become dense
-            if isinstance(grid, BlockType):
-                raise self._error(f"{module} has codes on a grid of llama.cpp; use --to gguf, or --type f32")
-            columns = self.view.quantized(module).codes.shape[1] if grid.group_size == -1 else grid.group_size
-            laid = grid_of(grid, columns)
-            if isinstance(laid, str):
-                raise self._error(f"{module} {laid}; use --type f32, or quantize it otherwise")
-            found[module], self.bits[module] = laid, grid.bits
-        kept = [
+        linears = [
             name.removesuffix(".weight") for name, info in self.view.tensors.items()
-            if has_number(name) and len(info.shape) == 2 and name.removesuffix(".weight") not in found
+            if has_number(name) and len(info.shape) == 2
         ]  # fmt: skip
-        if found and not self.target.codes:
-            raise self._error(
-                f"ONNX Runtime GenAI's builder misreads codes of a {self.target.architecture}; use --type f32 or "
-                "--to gguf"
-            )
-        if found and kept:
-            more = f" and {len(kept) - 1} more linears" if len(kept) > 1 else ""
-            raise self._error(
-                f"{kept[0]}{more} kept their weights, and ONNX Runtime GenAI's builder takes all linears of the layers "
-                "as codes or none; quantize them too (8 bits are kept as they are), or use --type f32"
-            )
-        return found
+        asked = Asked(self.kind, self.int8_inputs)
+        return carried_grids(self.folder, self.view.grids, self._columns, linears, self.target, asked)
+
+    def _columns(self, module: str) -> int:
+        return int(self.view.quantized(module).codes.shape[1])
 
     @property
     def options(self) -> dict[str, str]:
         """Of the builder: nothing is rounded that the checkpoint has not rounded."""
-        shared = not self.carried.get(_HEAD) and self._is_tied()
+        shared = not self.carried.get(HEAD) and self._is_tied()
         options = {"hf_token": "false", "shared_embeddings": str(shared).lower(), "windowed_kv_cache": "false"}
         if self.carried:
             options["nodes_to_exclude"] = "/lm_head/MatMul,/model/embed_tokens/Gather"
@@ -223,8 +205,8 @@ class _Source:
         return options
 
     def _is_tied(self) -> bool:
-        head, embeddings = f"{_HEAD}.weight", f"{_EMBEDDINGS}.weight"
-        if not says_tied(self.checkpoint.config) or _HEAD in self.view.grids:
+        head, embeddings = f"{HEAD}.weight", f"{_EMBEDDINGS}.weight"
+        if not says_tied(self.checkpoint.config) or HEAD in self.view.grids:
             return False
         return head not in self.view.tensors or self.checkpoint.equal(head, embeddings)
 
@@ -300,7 +282,7 @@ class _Source:
         if self.view.caches:
             lines.append("the checkpoint has scales for an 8-bit cache; the cache of ONNX Runtime is float32")
         head = 4 * math.prod(self.view.tensors[f"{_EMBEDDINGS}.weight"].shape)
-        if self.carried and _HEAD not in self.carried and not self._is_tied() and head > weights // 5:
+        if self.carried and HEAD not in self.carried and not self._is_tied() and head > weights // 5:
             lines.append(
                 f"{size(head)} of {size(weights)} is the output head in float32; `lm_head: true` in the recipe's "
                 "quantize stage makes codes of it too"

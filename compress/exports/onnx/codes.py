@@ -8,7 +8,7 @@ Layout: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 Shapes: O output rows, I input columns, G blocks of columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -69,6 +69,16 @@ def _bytes(codes: Tensor, bits: int) -> Tensor:
     return pack_rows(codes, bits).view(torch.uint8)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A digest that was computed before."""
+
+    digits: str
+
+    def hexdigest(self) -> str:
+        return self.digits
+
+
 @dataclass
 class Digests:
     """SHA-256 of what the nodes of a file must hold, part by part.
@@ -81,6 +91,22 @@ class Digests:
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    @classmethod
+    def load(cls, kept: Mapping[str, Mapping[str, Sequence[str]]]) -> "Digests":
+        """Those that `dump` gave."""
+        modules, joined = (
+            {name: [_Known(digits) for digits in whole] for name, whole in kept[key].items()}
+            for key in ("modules", "joined")
+        )
+        return cls(modules, joined)
+
+    def dump(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """As JSON can hold them."""
+        return {
+            key: {name: _hex(whole) for name, whole in found.items()}
+            for key, found in (("modules", self._modules), ("joined", self._joined))
+        }
 
     def add(self, module: str, packed: Mapping[str, Tensor]) -> None:
         """Note what `pack` gave of a module; those of a layer in the order of `joined_last`."""

@@ -58,6 +58,8 @@ def block_lines(spec: GgufStage, matrices: Sequence[Matrix], shapes: Shapes) -> 
     for columns, count in sorted(other.items()):
         said = f"{count} matrices are {columns} wide, which blocks of {spec.type} do not divide"
         lines.append(("types", f"{said}: they get the types that llama.cpp gives them then"))
+    if spec.imatrix:
+        lines.append(("imatrix", "the importance matrix of the calibration text, as a file for llama-quantize beside"))
     return lines
 
 

@@ -1,5 +1,6 @@
 """The quantize stage: the linears of every decoder layer are replaced as their inputs arrive."""
 
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +38,7 @@ from compress.stages.contract import Result
 from compress.stages.layerwise import LayerTransform, Layerwise
 from compress.stages.quantize.activations import ActivationScales
 from compress.stages.quantize.few_tokens import few_tokens
+from compress.stages.quantize.input_squares import InputSquares
 from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.plan import plan_matrices
 from compress.stages.quantize.preflight import check_calls, check_modules, check_weights
@@ -63,7 +65,7 @@ def run(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context)
         NumericalError: NaN or inf on the way.
         OutputError: nothing can be written.
     """
-    stage = _Quantization(spec, parent, context)
+    stage = _Quantization(spec, parent, output, context)
     if context.tokens is not None:
         amount = context.tokens.count, context.tokens.sequence_length
         for line in few_tokens(spec, list(stage.matrices.values()), *amount):
@@ -73,6 +75,8 @@ def run(spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context)
     fallbacks = sum(module.fallback is not None for module in modules)
     if fallbacks:
         context.reporter.warn(f"{fallbacks} of {len(modules)} matrices fell back to round-to-nearest")
+    if stage.squares is not None and context.tokens is not None:
+        distributed.first(partial(stage.squares.join, stage.stream.depth, output / "checkpoint", context.tokens))
     shapes = {name: matrix.shape for name, matrix in stage.matrices.items()}
     bits = distributed.first(lambda: measured_bits(Checkpoint(output / "checkpoint").tensors, shapes))
     record = result.record.model_copy(update={"format": spec.format, "quantized_bits_per_weight": bits})
@@ -117,7 +121,7 @@ class _Layer:
 class _Quantization(LayerTransform):
     """One quantize stage under way."""
 
-    def __init__(self, spec: QuantizeStage, parent: Checkpoint, context: Context) -> None:
+    def __init__(self, spec: QuantizeStage, parent: Checkpoint, output: Path, context: Context) -> None:
         self.spec, self.parent, self.context = spec, parent, context
         self.matrices = {matrix.name: matrix for matrix in plan_matrices(spec, parent, "stages")}
         self.modules = find_modules(parent)
@@ -135,6 +139,7 @@ class _Quantization(LayerTransform):
         self.reference: ReferenceModel | None = None
         aims_at_base = isinstance(spec, WeightStage) and spec.reference == "base"
         self.original = context.base if aims_at_base else None  # None: the parent
+        self.squares = InputSquares(output) if isinstance(spec, GgufStage) and spec.imatrix else None
         self.inputs: ActivationScales | None = None
         self.embedded: dict[str, Solved] = {}
         if isinstance(spec, WeightActivationStage):
@@ -237,6 +242,8 @@ class _Quantization(LayerTransform):
             else:
                 for group, arrivals in stream.steps(index, calibration):
                     self._solve(layer, group, Passes(partial(map, _alone, arrivals)))
+        if self.squares is not None:
+            self.squares.keep(index)
         modules = [each.module for each in layer.solved.values()]  # in the order in which they are used
         scales = {} if self.inputs is None else self.inputs.tensors(index, layer.solved)
         return self._packed(tensors, layer.solved) | scales, modules
@@ -260,8 +267,11 @@ class _Quantization(LayerTransform):
             pairs: for each batch, their input and what the original model has in front of them.
             writing: those whose output is added to the residual stream.
         """
+        if self.squares is not None:
+            pairs = self.squares.noting([layer.prefix + name for name in group], pairs)
         names = [layer.prefix + name for name in group if layer.prefix + name in self.matrices]
         if not names:
+            deque(() if self.squares is None else pairs, maxlen=0)
             return
         if self.inputs is not None:
             inputs = Passes(partial(map, itemgetter(0), pairs))

@@ -19,10 +19,10 @@ from compress.recipe.text import TrainingText
 from compress.recipe.train import BASE, DistillStage, TrainStage
 from compress.stages.contract import Place, Plan, Setting
 from compress.system.extras import missing_extra
+from compress.system.tracker import tracker_problem
 from compress.system.units import count, size
 from compress.train.body import Body
 from compress.train.flops import PEAKS, step_flops
-from compress.train.log import tracker_problem
 from compress.train.memory import LIBRARIES, Demand, Setup
 
 _BATCH_TOKENS, _LEAST_STEPS = 32_768, 100

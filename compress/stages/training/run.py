@@ -35,6 +35,7 @@ from compress.system import distributed
 from compress.system.extras import missing_extra
 from compress.system.files import write_text
 from compress.system.memory import PeakMemory, available
+from compress.system.tracker import EVENTS
 from compress.train import sharded
 from compress.train.flops import peak_of, step_flops
 from compress.train.log import Log
@@ -265,8 +266,8 @@ class _Training:
         log = None
         if distributed.rank() == 0:
             assert context.work is not None
-            events = context.work / "tensorboard"
-            log = Log(self.output / LOG, spec.tracker, events, context.tracked, spec.model_dump(mode="json"))
+            events, tracker = context.work / EVENTS, spec.tracker or context.tracker
+            log = Log(self.output / LOG, tracker, events, context.tracked, spec.model_dump(mode="json"))
         kept_in = {own: self.student.dtype(stored) for own, stored in names.items()}
         return Loop(
             trainee, optimizer, self.mixture, teach, settings, tokens, self.output, context.device,

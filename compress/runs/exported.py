@@ -1,0 +1,235 @@
+"""The exports at the end of a recipe: looked at before any work, written once from the last artefact, asked about.
+
+Each lies in the work folder, `exports/<fingerprint>`, with a note of what was written beside it, which appears last: a
+run that was killed writes it again, and one that was not does not. What its program said is kept as well. They go into
+the output with the checkpoint, by the same rename.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+from compress.errors import DscompressError, OutputError, RecipeError, UserError
+from compress.export_records import Export, ExportCheck
+from compress.loop.context import Context
+from compress.model.side_files import copy_side_files, side_digest
+from compress.recipe.export import stem_of
+from compress.recipe.schema import Recipe
+from compress.records import Report
+from compress.runs.artefact import StageArtefact
+from compress.runs.exporters import Exporter, exporter_of
+from compress.runs.foreseen import foreseen_result
+from compress.runs.plan import RunPlan
+from compress.system.files import write_text
+from compress.system.fingerprint import fingerprint
+from compress.system.locks import FileLock, made_once
+from compress.system.progress import Reporter
+
+_IN_RECIPES = {"--type ": "type: ", "--to ": "to: ", "--int8-inputs": "int8_inputs: true"}  # as options are written
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written.
+
+    Args:
+        files: in the work folder, by their names in the output.
+        records: for the report.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    records: list[Export] = field(default_factory=list)
+
+    def added_to(self, report: Report) -> Report:
+        """The report with them."""
+        return report.model_copy(update={"exports": self.records})
+
+
+def check_exports(planned: RunPlan) -> list[Exporter]:
+    """Refuse, before any work, what could not be written at its end; returns what writes each export.
+
+    Raises:
+        RecipeError: what is missing, and what the other program can't have; all at once.
+        OutputError: something else has the name of an export.
+    """
+    if not planned.recipe.export:
+        return []
+    found, problems, result = [], [], foreseen_result(planned)
+    base = _origin(planned)
+    for number, spec in enumerate(planned.recipe.export):
+        with _sketch(base, result.shapes.config) as sketch:
+            try:
+                exporter = exporter_of(spec)
+                exporter.check(sketch, base, result)
+            except UserError as error:
+                said = _in_recipe(str(error).replace(str(sketch), planned.recipe.model))
+                problems.append(f"export.{number}: {said}")
+                continue
+        exporter.check_place(Path(planned.recipe.output) / _name(exporter, planned.recipe))
+        found.append(exporter)
+    if problems:
+        raise RecipeError(problems)
+    return found
+
+
+def note_unasked(exporters: Sequence[Exporter], reporter: Reporter) -> None:
+    """Say which programs can't be asked in the end, and why."""
+    for number, exporter in enumerate(exporters):
+        if exporter.unasked is not None:
+            reporter.warn(f"export.{number}: {exporter.spec.target.program} will not be asked: {exporter.unasked}")
+
+
+def make_exports(
+    exporters: Sequence[Exporter], recipe: Recipe, artefact: StageArtefact, work: Path, fresh: bool, context: Context,
+    held: ExitStack,
+) -> Made:  # fmt: skip
+    """Write each export in the work folder, once, and ask its program about it.
+
+    Args:
+        exporters: of the recipe's exports, in their order.
+        recipe: whose result it is.
+        artefact: of the last stage.
+        work: the work folder.
+        fresh: write anew what was written before.
+        context: where our reader computes, and who is told what happens.
+        held: holds on to the files.
+
+    Raises:
+        DscompressError: what can't be written after all.
+    """
+    made = Made()
+    for number, exporter in enumerate(exporters):
+        export = _Export(exporter, recipe, artefact, work, fresh, context)
+        try:
+            export.write(held)
+        except OutputError:
+            raise
+        except DscompressError as error:
+            raise type(error)(
+                f"export.{number}: {_in_recipe(str(error))}; all stages are finished and kept: mend this or remove the "
+                "export, and run the same command again"
+            ) from error
+        made.files.update(export.files())
+        made.records.append(export.asked())
+    return made
+
+
+class _Export:
+    """One export under way."""
+
+    def __init__(
+        self, exporter: Exporter, recipe: Recipe, artefact: StageArtefact, work: Path, fresh: bool, context: Context
+    ) -> None:
+        self.exporter, self.recipe, self.artefact = exporter, recipe, artefact
+        self.fresh, self.context = fresh, context
+        self.name = _name(exporter, recipe)
+        options = exporter.spec.model_dump(mode="json", exclude={"python"})
+        sides = side_digest(artefact.folder)  # no part of a stage's fingerprint, and some of them go into the file
+        self.key = fingerprint(artefact.key, sides, recipe.name, options, exporter.made_by())
+        self.folder = work / "exports" / self.key
+        self.note = self.folder.with_name(f"{self.key}.json")
+        self.path = self.folder / exporter.spec.file_name("model")
+
+    def write(self, held: ExitStack) -> None:
+        """Write it unless it is there, and hold on to it."""
+        say = self.context.reporter.say
+        if self.fresh or not self.folder.is_dir():
+            self.note.unlink(missing_ok=True)
+        with made_once(self.note, lambda holder: say(f"waiting for {holder}, which writes {self.name}")) as missing:
+            if missing:
+                self._said().unlink(missing_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                written = self.exporter.write(self.artefact.folder, self.path, self.context.reporter, self.recipe.name)
+                kept = {"stage": self.artefact.key, "written": self.exporter.dump(written)}
+                write_text(self.note, json.dumps(kept))
+            else:
+                say(f"{self.name}: written before, taken from {self.folder}")
+        held.enter_context(FileLock(self.note.with_suffix(".lock"))).acquire(exclusive=False, waiting=say)
+        kept = json.loads(self.note.read_text(encoding="utf-8"))
+        self.written = self.exporter.load(kept["written"], self.path)
+        for remark in self.written.remarks:
+            self.context.reporter.warn(f"{self.name}: {_in_recipe(remark)}")
+
+    def files(self) -> dict[str, Path]:
+        """What goes into the output, by its name there."""
+        if self.exporter.spec.target.suffix:
+            stem, ending = self.path.stem, Path(self.name).stem
+            found = self.folder.glob(f"{stem}*")
+            return {ending + file.name.removeprefix(stem): file for file in sorted(found) if file.is_file()}
+        inside = (file for file in sorted(self.path.rglob("*")) if file.is_file())
+        return {f"{self.name}/{file.relative_to(self.path).as_posix()}": file for file in inside}
+
+    def asked(self) -> Export:
+        """What its program says of it; a difference is a warning."""
+        exporter, spec = self.exporter, self.exporter.spec
+        found = self.files()
+        first = next(iter(found)) if spec.target.suffix else self.name
+        total = sum(file.stat().st_size for file in found.values())
+        record = Export(
+            to=spec.to, type=spec.type, name=first, files=len(found), bytes=total, carried=self.written.carried,
+            program=spec.target.program, version=exporter.version, note=exporter.unasked,
+            remarks=[_in_recipe(remark) for remark in self.written.remarks],
+        )  # fmt: skip
+        if exporter.unasked is None:
+            record = self._earlier(record) or self._ask(record)
+        for check in record.checks:
+            if check.passed is False:
+                self.context.reporter.warn(
+                    f"{self.name} does not pass in {spec.target.program}: {check.name}: {check.detail}; do not use it"
+                )
+        return record
+
+    def _earlier(self, record: Export) -> Export | None:
+        """What was said before by the same version of the program of the same files."""
+        with suppress(OSError, ValidationError):
+            found = Export.model_validate_json(self._said().read_text(encoding="utf-8"))
+            if not self.fresh and found.version == record.version:
+                return record.model_copy(update={"checks": found.checks, "pace": found.pace})
+        return None
+
+    def _ask(self, record: Export) -> Export:
+        self.context.reporter.say(f"asking {record.program} about {self.name}")
+        trust, device = self.recipe.trust_remote_code, self.context.device
+        checks, pace = self.exporter.ask(self.artefact.folder, self.written, trust, device)
+        looked = [ExportCheck(name=each.name, passed=each.passed, detail=each.detail) for each in checks]
+        record = record.model_copy(update={"checks": looked, "pace": pace})
+        if record.passed and not record.busy:
+            write_text(self._said(), record.model_dump_json(indent=2) + "\n")
+        return record
+
+    def _said(self) -> Path:
+        return self.note.with_name(f"{self.key}.said.json")
+
+
+def _name(exporter: Exporter, recipe: Recipe) -> str:
+    return exporter.spec.file_name(stem_of(recipe.name))
+
+
+def _origin(planned: RunPlan) -> Path:
+    """The dense checkpoint that the result is made of: the recipe's model, or the last student in its place."""
+    assert planned.base is not None, "the model has been found"
+    named = [spec.starts_from for spec in planned.specs if spec.starts_from is not None]
+    return planned.models[named[-1]] if named else planned.base.folder
+
+
+@contextmanager
+def _sketch(base: Path, config: dict[str, object]) -> Iterator[Path]:
+    """A folder with the config.json that a result will have, dense, and its tokenizer."""
+    with TemporaryDirectory(prefix="dscompress-") as scratch:
+        folder = Path(scratch)
+        copy_side_files(base, folder)
+        dense = {key: value for key, value in config.items() if key != "quantization_config"}
+        write_text(folder / "config.json", json.dumps(dense))
+        yield folder
+
+
+def _in_recipe(text: str) -> str:
+    """A message of an exporter, whose options are as a recipe writes them."""
+    for option, key in _IN_RECIPES.items():
+        text = text.replace(option, key)
+    return text
