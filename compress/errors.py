@@ -63,3 +63,9 @@ class CalibrationError(UserError):
 
 class OutputError(UserError):
     """A folder that can't be written: not ours, not writable, full, or locked by another run."""
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in one line: our own words as they are, others behind the error's type."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, DscompressError) else f"{type(error).__name__}: {words}"

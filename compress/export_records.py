@@ -17,7 +17,7 @@ class Export(Typed):
 
     `name` is it inside the checkpoint's folder, the first of `files` where there are parts; `bytes` is all of it.
     `carried` counts the matrices whose codes it has as the checkpoint has them. `version` and `checks` are of the
-    program that was asked; `note` says why none was.
+    program that was asked; `note` says why none was. `failure` says why there is nothing: it could not be written.
     """
 
     to: str
@@ -32,10 +32,13 @@ class Export(Typed):
     note: str | None = None
     pace: ServedPace | None = None
     remarks: list[str] = []
+    failure: str | None = None
 
     @property
     def passed(self) -> bool | None:
-        """Whether the program reads in it what the checkpoint is; None where it was not asked."""
+        """Whether it is there and the program reads in it what the checkpoint is; None where it was not asked."""
+        if self.failure is not None:
+            return False
         return None if not self.checks else all(check.passed is not False for check in self.checks)
 
     @property

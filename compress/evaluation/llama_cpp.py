@@ -34,6 +34,7 @@ from compress.system.extras import missing_extra
 PACKAGE, EXTRA = "xllamacpp", "llama-cpp"
 ENGINE = "llama.cpp"
 NEW_TOKENS = 16
+CHECK_VERSION = 1  # raised when the same file is asked or judged otherwise
 _SECONDS, _BYTES_PER_SECOND = 300, 20_000_000  # to open a file and answer, at most
 # Times what rounding to bfloat16 does to our reader, on average, by the widest rounding that a file's types bring.
 # Seen on tiny-wiki-llama and SmolLM2-135M: F32 0.02 to 0.03, F16 0.04, BF16 0.25 to 0.34, blocks 2.1 to 2.4.

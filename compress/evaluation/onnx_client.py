@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any
 
 PACKAGE = "onnxruntime-genai"
+_NEEDED = ("torch", "transformers", "onnx", "onnx_ir")  # by its builder
 _BLOCK = 1 << 22
 
 
@@ -140,23 +141,23 @@ def waited() -> float:
     return total / 1e9
 
 
-def found_version() -> str | None:
-    """The version of what is installed here, where its builder can run: that needs torch, transformers and onnx_ir."""
+def found_versions() -> list[str]:
+    """The version of what is installed here, where its builder can run; then names and versions of what that needs."""
+    found = []
     with suppress(PackageNotFoundError):
-        for needed in ("torch", "transformers", "onnx", "onnx_ir"):
-            version(needed)
-        return version(PACKAGE)
-    return None
+        found = [version(PACKAGE), *(f"{needed} {version(needed)}" for needed in _NEEDED)]
+        found.append(f"onnxruntime {version('onnxruntime')}")  # which may have another name
+    return found
 
 
 def main() -> None:
-    """Read the request, write the answer, whatever the program does; `--version` prints which one is here."""
+    """Read the request, write the answer, whatever the program does; `--version` prints which are here."""
     if sys.argv[1:] == ["--version"]:
-        print(found_version() or "")
+        print("\n".join(found_versions()))
         return
     sys.path.remove(str(Path(__file__).parent))  # what lies beside this script is no library
     asked, to = map(Path, sys.argv[1:])
-    found: dict[str, Any] = {"version": found_version()}
+    found: dict[str, Any] = {"version": next(iter(found_versions()), None)}
     try:
         found |= answer(json.loads(asked.read_text(encoding="utf-8")))
     except Exception as error:  # of ONNX Runtime, which raises RuntimeError and its own kinds

@@ -36,6 +36,7 @@ from compress.system.compute import pick_device
 from compress.system.programs import Engine, Program, run_client
 
 ENGINE = "ONNX Runtime GenAI"
+CHECK_VERSION = 1  # raised when the same file is asked or judged otherwise
 PROGRAM = Program(
     ENGINE, "onnxruntime_genai", ".venv-ort", Path(onnx_client.__file__), "pip install 'dscompress[onnx]'"
 )

@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-_NEEDED = ("torch", "transformers", "optimum-intel", "openvino-tokenizers", "openvino-genai", "openvino")
+_NEEDED = ("torch", "transformers", "optimum-intel", "openvino-tokenizers", "openvino-genai")
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -162,21 +162,21 @@ def waited() -> float:
     return total / 1e9
 
 
-def found_version() -> str | None:
-    """The version of OpenVINO here, where all is beside it that makes and opens models."""
+def found_versions() -> list[str]:
+    """The version of OpenVINO here, then names and versions of what makes and opens models beside it; all or none."""
     with suppress(PackageNotFoundError):
-        return [version(needed) for needed in _NEEDED][-1]
-    return None
+        return [version("openvino"), *(f"{needed} {version(needed)}" for needed in _NEEDED)]
+    return []
 
 
 def main() -> None:
-    """Read the request, write the answer, whatever the program does; `--version` prints which one is here."""
+    """Read the request, write the answer, whatever the program does; `--version` prints which are here."""
     if sys.argv[1:] == ["--version"]:
-        print(found_version() or "")
+        print("\n".join(found_versions()))
         return
     sys.path.remove(str(Path(__file__).parent))  # what lies beside this script is no library
     asked, to = map(Path, sys.argv[1:])
-    found: dict[str, Any] = {"version": found_version()}
+    found: dict[str, Any] = {"version": next(iter(found_versions()), None)}
     try:
         found |= answer(json.loads(asked.read_text(encoding="utf-8")))
     except Exception as error:  # of OpenVINO, which raises RuntimeError and its own kinds

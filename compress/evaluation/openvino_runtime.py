@@ -37,6 +37,7 @@ from compress.system.compute import pick_device
 from compress.system.programs import Engine, Program, run_client
 
 ENGINE = "OpenVINO"
+CHECK_VERSION = 1  # raised when the same file is asked or judged otherwise
 PROGRAM = Program(
     ENGINE,
     "openvino_genai",

@@ -50,7 +50,7 @@ def gguf_of(path: Path) -> Path | None:
     """The GGUF file that a path is, or that a folder has and no other weights, as `format: gguf` leaves one."""
     if path.is_dir():
         found = sorted(path.glob("*.gguf")) if not any(path.glob("*.safetensors")) else []
-        found = [file for file in found if not file.name.endswith("imatrix.gguf")]  # sums of inputs, no model
+        found = [file for file in found if not f".{file.name}".endswith(".imatrix.gguf")]  # sums of inputs, no model
         return found[0] if len(found) == 1 else None
     return path if path.suffix.lower() == ".gguf" or is_gguf(path) else None
 

@@ -1,6 +1,6 @@
 """What a recipe may say of exports: the finished checkpoint for other programs, too. Never imports torch.
 
-`TARGETS` is the one list of them; `dscompress export` goes by it, and compress/runs/exporters.py has a class for each.
+`TARGETS` is the one list of them; `dscompress export` goes by it, and compress/runs/exporters.py has what writes each.
 """
 
 import re

@@ -163,7 +163,7 @@ class Recipe(Closed):
     tracker: TrackerName | None = Field(
         default=None,
         description="Also log the report's figures there at the end, as one run by the recipe's name, and the steps of "
-        "stages that train; if it is installed.",
+        "stages that train, as a run each; if it is installed.",
     )
     sweep: Sweep | None = Field(
         default=None, description="Values to vary, for `dscompress sweep`: one result for each, and what each costs."

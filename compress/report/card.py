@@ -50,7 +50,7 @@ def _front_matter(report: Report, stage: Stage | None, hub_id: str | None) -> di
     spec = stage.spec if stage else {}
     tags = ["dscompress", report.compressed.format, spec.get("method"), *_tags(report)]
     named = [spec[key] for key in ("dtype", "type") if key in spec]
-    tags += [export.to for export in report.exports]
+    tags += [export.to for export in report.exports if export.failure is None]
     tags += named or ([f"{spec['bits']}-bit"] if "bits" in spec else [])
     relation = "quantized" if stage is not None else "finetune"
     base = {"base_model": hub_id, "base_model_relation": relation} if hub_id else {}

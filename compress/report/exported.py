@@ -16,7 +16,7 @@ class ExportedView:
 
     Args:
         rows: of `HEADS`, one for each export.
-        failures: exports that must not be used, and why, a line each.
+        failures: exports that are not there or must not be used, and why, a line each.
         details: what else was looked at, a line each.
         note: how speeds are to be read; empty where there are none.
     """
@@ -32,9 +32,13 @@ def exported_view(report: Report) -> ExportedView | None:
     if not report.exports:
         return None
     checks = [(export, check) for export in report.exports for check in export.checks]
+    missing = [_line(export, f"could not be written: {export.failure}") for export in report.exports if export.failure]
     return ExportedView(
         rows=[_row(export) for export in report.exports],
-        failures=[_line(export, f"{each.name}: {each.detail}") for export, each in checks if each.passed is False],
+        failures=[
+            *missing,
+            *(_line(export, f"{each.name}: {each.detail}") for export, each in checks if each.passed is False),
+        ],
         details=[
             *(_line(export, f"{each.name}: {each.detail}") for export, each in checks if each.passed is not False),
             *(_line(export, words) for export in report.exports for words in _more(export)),
@@ -48,6 +52,8 @@ def export_lines(report: Report) -> list[str]:
     lines = []
     for export in report.exports:
         line = f"{export.name}, {size(export.bytes)}: {_words(export)}"
+        if export.failure is not None:
+            line = f"{export.name}: {_words(export)}: {export.failure}"
         if export.busy:
             line += "; its speed says little, for the machine was busy with other work"
         elif export.pace is not None:
@@ -62,10 +68,12 @@ def _row(export: Export) -> list[str]:
     figures = ["", "", ""]
     if pace is not None:
         figures = [rate(pace.prefill_tokens_per_second), rate(pace.decode_tokens_per_second), size(pace.peak_bytes)]
-    return [export.name, size(export.bytes), _words(export), *figures]
+    return [export.name, "" if export.failure is not None else size(export.bytes), _words(export), *figures]
 
 
 def _words(export: Export) -> str:
+    if export.failure is not None:
+        return "COULD NOT BE WRITTEN"
     if export.passed is None:
         return f"{export.program} was not asked: {export.note or 'it gave no answer'}"
     program = f"{export.program} {export.version}"

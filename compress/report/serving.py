@@ -17,6 +17,11 @@ _ONNX = (
     "python -m onnxruntime_genai.models.builder -i {path} -o onnx -p int4 -e cpu -c cache --extra_options "
     "hf_token=false shared_embeddings=false nodes_to_exclude=/lm_head/MatMul accuracy_level=0"
 )
+_FOLDERS = {  # that are written beside a checkpoint, and how each is opened
+    "onnx": 'pip install onnxruntime-genai\nmodel = onnxruntime_genai.Model("{place}")',
+    "openvino": 'pip install openvino-genai\npipe = openvino_genai.LLMPipeline("{place}", "CPU")\n'
+    'pipe.generate("The capital of France is", max_new_tokens=32)',
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,7 @@ def _exported(path: str, export: Export) -> Way:
     place = f"{path}/{export.name}"
     if export.to == "gguf":
         return _llama_cpp(place)
-    lines = f'pip install onnxruntime-genai\nmodel = onnxruntime_genai.Model("{place}")'
-    return Way(export.program, lines, "its folder beside the checkpoint")
+    return Way(export.program, _FOLDERS[export.to].format(place=place), "its folder beside the checkpoint")
 
 
 def _vllm(report: Report) -> str | None:

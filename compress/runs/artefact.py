@@ -34,7 +34,7 @@ from compress.records import RECORD, Probe, Record, Report, now, read_record
 from compress.report.write import write_model_card, write_report
 from compress.stages.contract import Result
 from compress.system.files import commit, link_or_copy, unwritable, write_text
-from compress.system.fingerprint import digests, sha256
+from compress.system.fingerprint import digests
 from compress.system.locks import FileLock
 from compress.system.machine import versions
 
@@ -200,6 +200,7 @@ def write_output(
     report: Report,
     file: tuple[Path, str] | None = None,
     beside: Mapping[str, Path] = MappingProxyType({}),
+    written: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Give an output the files of a finished checkpoint, its report and its model card, all by one rename.
 
@@ -209,6 +210,7 @@ def write_output(
         report: says where it lies then.
         file: that holds the weights instead of the artefact's own, and its name there; None where these do.
         beside: further files, by their names there; a name may have a folder in it.
+        written: SHA-256 of `file` and of those beside, as they were written, by their names there.
 
     Raises:
         OutputError: the folder holds something else, or can't be written.
@@ -217,7 +219,7 @@ def write_output(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _publish(artefact, partial, file, beside)
+        _publish(artefact, partial, file, beside, written)
         write_report(report, partial)
         write_model_card(report, partial)
         check_output(output)
@@ -227,7 +229,10 @@ def write_output(
         shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it where all went well
 
 
-def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None, beside: Mapping[str, Path]) -> None:
+def _publish(
+    artefact: Path, output: Path, weights: tuple[Path, str] | None, beside: Mapping[str, Path],
+    written: Mapping[str, str],
+) -> None:  # fmt: skip
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
     for file in artefact.iterdir():
         if file.suffix in (".safetensors", ".gguf"):
@@ -246,7 +251,7 @@ def _publish(artefact: Path, output: Path, weights: tuple[Path, str] | None, bes
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             _place(source, output / name)
         files = {name: digest for name, digest in record.files.items() if (output / name).is_file()}
-        files |= {name: sha256(source) for name, source in added.items()}
+        files |= {name: written[name] for name in added}
         record = record.model_copy(update={"files": files})
         write_text(output / RECORD, record.model_dump_json(indent=2) + "\n")
 

@@ -1,20 +1,21 @@
 """The exports at the end of a recipe: looked at before any work, written once from the last artefact, asked about.
 
 Each lies in the work folder, `exports/<fingerprint>`, with a note of what was written beside it, which appears last: a
-run that was killed writes it again, and one that was not does not. What its program said is kept as well. They go into
-the output with the checkpoint, by the same rename.
+run that was killed writes it again, and one that was not does not, unless a file has changed since. What its program
+said is kept as well. They go into the output with the checkpoint, by the same rename.
+
+Whatever fails here, the checkpoint and its report are written: the report says it, and the command ends with 1.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import ValidationError
-
-from compress.errors import DscompressError, OutputError, RecipeError, UserError
+from compress.errors import RecipeError, UserError, reason
 from compress.export_records import Export, ExportCheck
 from compress.loop.context import Context
 from compress.model.side_files import copy_side_files, side_digest
@@ -26,8 +27,8 @@ from compress.runs.exporters import Exporter, exporter_of
 from compress.runs.foreseen import foreseen_result
 from compress.runs.plan import RunPlan
 from compress.system.files import write_text
-from compress.system.fingerprint import fingerprint
-from compress.system.locks import FileLock, made_once
+from compress.system.fingerprint import digests, fingerprint
+from compress.system.locks import FileLock
 from compress.system.progress import Reporter
 
 _IN_RECIPES = {"--type ": "type: ", "--to ": "to: ", "--int8-inputs": "int8_inputs: true"}  # as options are written
@@ -39,10 +40,12 @@ class Made:
 
     Args:
         files: in the work folder, by their names in the output.
-        records: for the report.
+        digests: SHA-256 of each, as it was written.
+        records: for the report; of what could not be written, too.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     records: list[Export] = field(default_factory=list)
 
     def added_to(self, report: Report) -> Report:
@@ -99,24 +102,35 @@ def make_exports(
         context: where our reader computes, and who is told what happens.
         held: holds on to the files.
 
-    Raises:
-        DscompressError: what can't be written after all.
+    Returns:
+        What was written; what could not be, for whatever reason, is said and recorded.
     """
     made = Made()
     for number, exporter in enumerate(exporters):
-        export = _Export(exporter, recipe, artefact, work, fresh, context)
         try:
+            export = _Export(exporter, recipe, artefact, work, fresh, context)
             export.write(held)
-        except OutputError:
-            raise
-        except DscompressError as error:
-            raise type(error)(
-                f"export.{number}: {_in_recipe(str(error))}; all stages are finished and kept: mend this or remove the "
-                "export, and run the same command again"
-            ) from error
-        made.files.update(export.files())
+        except Exception as error:  # of other programs, of memory and disks: the stages must not be lost by it
+            failure, name = _in_recipe(reason(error)), _name(exporter, recipe)
+            context.reporter.warn(
+                f"export.{number}: {name} could not be written: {failure}; the checkpoint is there without it, and all "
+                "stages are kept: mend this or remove the export, and run the same command again"
+            )
+            made.records.append(_unwritten(exporter, name, failure))
+            continue
+        files = export.files()
+        made.files.update(files)
+        made.digests.update({name: export.digests[file] for name, file in files.items()})
         made.records.append(export.asked())
     return made
+
+
+def _unwritten(exporter: Exporter, name: str, failure: str) -> Export:
+    """The record of an export that is not there."""
+    spec = exporter.spec
+    return Export(
+        to=spec.to, type=spec.type, name=name, files=0, bytes=0, carried=0, program=spec.target.program, failure=failure
+    )
 
 
 class _Export:
@@ -130,39 +144,62 @@ class _Export:
         self.name = _name(exporter, recipe)
         options = exporter.spec.model_dump(mode="json", exclude={"python"})
         sides = side_digest(artefact.folder)  # no part of a stage's fingerprint, and some of them go into the file
-        self.key = fingerprint(artefact.key, sides, recipe.name, options, exporter.made_by())
+        self.key = fingerprint(artefact.key, sides, options, exporter.made_by(recipe.name))
         self.folder = work / "exports" / self.key
         self.note = self.folder.with_name(f"{self.key}.json")
         self.path = self.folder / exporter.spec.file_name("model")
 
     def write(self, held: ExitStack) -> None:
-        """Write it unless it is there, and hold on to it."""
-        say = self.context.reporter.say
-        if self.fresh or not self.folder.is_dir():
-            self.note.unlink(missing_ok=True)
-        with made_once(self.note, lambda holder: say(f"waiting for {holder}, which writes {self.name}")) as missing:
-            if missing:
-                self._said().unlink(missing_ok=True)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                written = self.exporter.write(self.artefact.folder, self.path, self.context.reporter, self.recipe.name)
-                kept = {"stage": self.artefact.key, "written": self.exporter.dump(written)}
-                write_text(self.note, json.dumps(kept))
+        """Write it unless it is there as it was written, and hold on to it."""
+        with ExitStack() as here:
+            lock = here.enter_context(FileLock(self.note.with_suffix(".lock")))
+            lock.acquire(exclusive=False, waiting=self._wait)
+            if self.fresh or not self._is_whole():
+                lock.release()
+                lock.acquire(exclusive=True, waiting=self._wait)
+                if self.fresh or not self._is_whole():  # another process may have written it
+                    self._make()
+                lock.acquire(exclusive=False, waiting=self._wait)
             else:
-                say(f"{self.name}: written before, taken from {self.folder}")
-        held.enter_context(FileLock(self.note.with_suffix(".lock"))).acquire(exclusive=False, waiting=say)
+                self.context.reporter.say(f"{self.name}: written before, taken from {self.folder}")
+            held.push(here.pop_all())
         kept = json.loads(self.note.read_text(encoding="utf-8"))
         self.written = self.exporter.load(kept["written"], self.path)
+        self.digests = {self.folder / name: digest for name, digest in kept["files"].items()}
         for remark in self.written.remarks:
             self.context.reporter.warn(f"{self.name}: {_in_recipe(remark)}")
 
+    def _wait(self, holder: str) -> None:
+        self.context.reporter.say(f"waiting for {holder}, which writes or uses {self.name}")
+
+    def _is_whole(self) -> bool:
+        """Whether all is there, and as it was written."""
+        if not self.note.is_file():
+            return False
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(self.note.read_text(encoding="utf-8"))["files"] == digests(self.folder):
+                return True
+        self.context.reporter.say(f"{self.name}: changed in {self.folder} since it was written; writing it again")
+        return False
+
+    def _make(self) -> None:
+        for file in (self.note, self._said()):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        written = self.exporter.write(self.artefact.folder, self.path, self.context.reporter, self.recipe.name)
+        kept = {
+            "stage": self.artefact.key, "written": self.exporter.dump(written), "files": digests(self.folder)
+        }  # fmt: skip
+        write_text(self.note, json.dumps(kept))
+
     def files(self) -> dict[str, Path]:
         """What goes into the output, by its name there."""
+        written = sorted(self.digests)
         if self.exporter.spec.target.suffix:
             stem, ending = self.path.stem, Path(self.name).stem
-            found = self.folder.glob(f"{stem}*")
-            return {ending + file.name.removeprefix(stem): file for file in sorted(found) if file.is_file()}
-        inside = (file for file in sorted(self.path.rglob("*")) if file.is_file())
-        return {f"{self.name}/{file.relative_to(self.path).as_posix()}": file for file in inside}
+            return {ending + file.name.removeprefix(stem): file for file in written}
+        return {f"{self.name}/{file.relative_to(self.path).as_posix()}": file for file in written}
 
     def asked(self) -> Export:
         """What its program says of it; a difference is a warning."""
@@ -185,21 +222,28 @@ class _Export:
         return record
 
     def _earlier(self, record: Export) -> Export | None:
-        """What was said before by the same version of the program of the same files."""
-        with suppress(OSError, ValidationError):
-            found = Export.model_validate_json(self._said().read_text(encoding="utf-8"))
-            if not self.fresh and found.version == record.version:
+        """What was said before of the same files, by the same version of the program to the same questions."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._said().read_text(encoding="utf-8"))
+            found = Export.model_validate(kept["said"])
+            if not self.fresh and (kept["check"], found.version) == (self.exporter.check_version, record.version):
                 return record.model_copy(update={"checks": found.checks, "pace": found.pace})
         return None
 
     def _ask(self, record: Export) -> Export:
         self.context.reporter.say(f"asking {record.program} about {self.name}")
         trust, device = self.recipe.trust_remote_code, self.context.device
-        checks, pace = self.exporter.ask(self.artefact.folder, self.written, trust, device)
+        try:
+            checks, pace = self.exporter.ask(self.artefact.folder, self.written, trust, device)
+        except Exception as error:  # of memory, of disks, of our own reader: the stages must not be lost by it
+            failed = ExportCheck(name=record.program, passed=False, detail=f"could not be asked: {reason(error)}")
+            return record.model_copy(update={"checks": [failed]})
         looked = [ExportCheck(name=each.name, passed=each.passed, detail=each.detail) for each in checks]
         record = record.model_copy(update={"checks": looked, "pace": pace})
         if record.passed and not record.busy:
-            write_text(self._said(), record.model_dump_json(indent=2) + "\n")
+            kept = {"check": self.exporter.check_version, "said": record.model_dump(mode="json")}
+            with suppress(OSError):  # a full disk: it will be asked again
+                write_text(self._said(), json.dumps(kept))
         return record
 
     def _said(self) -> Path:

@@ -1,14 +1,17 @@
-"""The programs that checkpoints are written for: a class for each target of compress/recipe/export.py.
+"""The programs that checkpoints are written for: what writes each target of compress/recipe/export.py, and asks it.
 
 `dscompress export` and the end of a recipe both write and ask by these. Nothing heavy is imported before it is needed.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from compress.errors import ModelError, UserError
+from compress.exports.marked import check_replaceable
 from compress.exports.plan import Foreseen
 from compress.exports.refused import ROUNDS_INPUTS
 from compress.formats.facts import TORCHAO
@@ -16,7 +19,7 @@ from compress.model.checkpoint import Checkpoint
 from compress.recipe.export import ExportSpec
 from compress.served_records import ServedPace
 from compress.system.extras import missing_extra
-from compress.system.programs import find_program
+from compress.system.programs import Engine, Program, find_program
 from compress.system.progress import Reporter
 
 if TYPE_CHECKING:
@@ -38,14 +41,16 @@ class Exporter(Protocol):
         spec: what is asked for.
         version: of the program that is asked about it; None where `unasked` says why it can't be.
         unasked: likewise.
+        check_version: of what asks it.
     """
 
     spec: ExportSpec
     version: str | None
     unasked: str | None
+    check_version: int
 
-    def made_by(self) -> list[Any]:
-        """What its bytes hang on beside checkpoint and options."""
+    def made_by(self, name: str | None = None) -> list[Any]:
+        """What its bytes hang on beside checkpoint and options; `name` is what programs call the model."""
 
     def check(self, config_folder: Path, base: Path, result: Foreseen) -> None:
         """Refuse what could not be written at the end.
@@ -92,18 +97,19 @@ class ForLlamaCpp:
     """
 
     def __init__(self, spec: ExportSpec) -> None:
-        from compress.evaluation.llama_cpp import PACKAGE, llama_cpp_missing
+        from compress.evaluation.llama_cpp import CHECK_VERSION, PACKAGE, llama_cpp_missing
 
         if missing := missing_extra("gguf", "gguf"):
             raise UserError(missing)
         self.spec, self.unasked = spec, llama_cpp_missing()
         self.version = None if self.unasked else version(PACKAGE)
+        self.check_version = CHECK_VERSION
 
-    def made_by(self) -> list[Any]:
-        """What its bytes hang on beside checkpoint and options."""
+    def made_by(self, name: str | None = None) -> list[Any]:
+        """What its bytes hang on beside checkpoint and options; the model's name is in its header."""
         from compress.exports.gguf.write import CODE_VERSION
 
-        return [CODE_VERSION]
+        return [CODE_VERSION, name]
 
     def check(self, config_folder: Path, base: Path, result: Foreseen) -> None:
         """Refuse what could not be written at the end."""
@@ -151,70 +157,77 @@ class ForLlamaCpp:
         return Written(**kept | {"files": [path.with_name(name) for name in kept["files"]]})
 
 
-class ForOnnxRuntime:
-    """A folder for ONNX Runtime GenAI.
+@dataclass(frozen=True)
+class _Kind:
+    """What makes folders for a program, and asks it about them.
+
+    Args:
+        program: whose environment makes them.
+        code_version: of what makes them.
+        check_version: of what asks.
+        check: refuses what could not be made of a planned result, by the folder with its config.json.
+        write: a checkpoint to a folder, in an environment, with matrices of a type, inputs rounded or not.
+        ask: about a checkpoint's folder: the environment, how many matrices have codes, and which of them differ.
+        written: what was written.
+        digests: of the codes in it, of what is kept of them.
+    """
+
+    program: Program
+    code_version: int
+    check_version: int
+    check: Callable[[ExportSpec, Path, Foreseen], None]
+    write: "Callable[[Path, Path, Engine, str, bool, Reporter], OnnxWritten | OpenvinoWritten]"
+    ask: "Callable[..., tuple[list[Check], ServedPace | None]]"
+    written: "Callable[..., OnnxWritten | OpenvinoWritten]"
+    digests: Callable[[Any], Any]
+
+
+class ForFolder:
+    """A folder for a program, made in an environment that has it.
 
     Args:
         spec: what is asked for.
+        kind: of what makes it.
 
     Raises:
-        UserError: there is no environment whose builder makes it.
+        UserError: there is no such environment.
     """
 
     version: str | None
     unasked: str | None = None  # what makes it is asked about it
 
-    def __init__(self, spec: ExportSpec) -> None:
-        from compress.evaluation.onnx_runtime import PROGRAM
-
-        found = find_program(PROGRAM, spec.python)
+    def __init__(self, spec: ExportSpec, kind: _Kind) -> None:
+        found = find_program(kind.program, spec.python)
         if isinstance(found, str):
             raise UserError(found)
-        self.spec, self.engine, self.version = spec, found, found.version
+        self.spec, self.kind, self.engine, self.version = spec, kind, found, found.version
+        self.check_version = kind.check_version
 
-    def made_by(self) -> list[Any]:
-        """What its bytes hang on beside checkpoint and options."""
-        from compress.exports.onnx.build import CODE_VERSION
-
-        return [CODE_VERSION, self.engine.version]
+    def made_by(self, name: str | None = None) -> list[Any]:
+        """What its bytes hang on beside checkpoint and options; the model's name is in none of its files."""
+        return [self.kind.code_version, self.engine.version, *self.engine.others]
 
     def check(self, config_folder: Path, base: Path, result: Foreseen) -> None:
         """Refuse what could not be written at the end."""
-        from compress.exports.onnx.carried import Asked, carried_grids
-        from compress.exports.onnx.config import builder_config, target_of
-        from compress.model.shapes import find_modules
-
-        config = result.shapes.config
-        builder_config(config, config_folder)
-        if result.layout == TORCHAO:
-            raise ModelError(f"{config_folder}: {ROUNDS_INPUTS}")
-        grids, columns = _planned(result)
-        linears, asked = find_modules(result.shapes).linears, Asked(self.spec.type, self.spec.int8_inputs)
-        target = target_of(config, config_folder)
-        carried_grids(config_folder, grids, columns.__getitem__, linears, target, asked)
+        self.kind.check(self.spec, config_folder, result)
 
     def check_place(self, path: Path) -> None:
         """Refuse to write over what is not ours."""
-        from compress.exports.onnx.build import check_replaceable
-
         check_replaceable(path)
 
-    def write(self, folder: Path, path: Path, reporter: Reporter, name: str | None = None) -> "OnnxWritten":
+    def write(self, folder: Path, path: Path, reporter: Reporter, name: str | None = None) -> "AnyWritten":
         """Write a checkpoint to a folder of this name."""
-        from compress.exports.onnx.build import export_onnx
-
-        return export_onnx(folder, path, self.engine, self.spec.type, self.spec.int8_inputs, reporter)
+        return self.kind.write(folder, path, self.engine, self.spec.type, self.spec.int8_inputs, reporter)
 
     def ask(
         self, folder: Path, written: Any, trust_remote_code: bool = False, device: "torch.device | None" = None
     ) -> "tuple[list[Check], ServedPace | None]":
-        """What ONNX Runtime GenAI says of it, beside the checkpoint."""
-        from compress.evaluation.onnx_runtime import check_in_onnx_runtime
+        """What its program says of it, beside the checkpoint."""
         from compress.evaluation.other_program import Timing
 
         codes = written.codes
-        return check_in_onnx_runtime(
-            folder, written.folder, self.engine, len(codes), codes.other, self.spec.int8_inputs, Timing(), device
+        return self.kind.ask(
+            folder, written.folder, self.engine, len(codes), codes.other, timing=Timing(), device=device
         )
 
     def dump(self, written: Any) -> dict[str, Any]:
@@ -222,85 +235,55 @@ class ForOnnxRuntime:
         kept = {name: value for name, value in vars(written).items() if name != "folder"}
         return kept | {"codes": written.codes.dump()}
 
-    def load(self, kept: dict[str, Any], path: Path) -> "OnnxWritten":
+    def load(self, kept: dict[str, Any], path: Path) -> "AnyWritten":
         """The same of what `dump` gave; `path` is what was written."""
-        from compress.exports.onnx.build import Written
-        from compress.exports.onnx.codes import Digests
-
-        return Written(folder=path, **kept | {"codes": Digests.load(kept["codes"])})
+        return self.kind.written(folder=path, **kept | {"codes": self.kind.digests(kept["codes"])})
 
 
-class ForOpenvino:
-    """A folder for OpenVINO.
+def _for_onnx_runtime(spec: ExportSpec) -> ForFolder:
+    from compress.evaluation.onnx_runtime import CHECK_VERSION, PROGRAM, check_in_onnx_runtime
+    from compress.exports.onnx.build import CODE_VERSION, Written, export_onnx
+    from compress.exports.onnx.codes import Digests
 
-    Args:
-        spec: what is asked for.
+    ask = partial(check_in_onnx_runtime, int8_inputs=spec.int8_inputs)
+    kind = _Kind(PROGRAM, CODE_VERSION, CHECK_VERSION, _check_onnx, export_onnx, ask, Written, Digests.load)
+    return ForFolder(spec, kind)
 
-    Raises:
-        UserError: there is no environment that makes it.
-    """
 
-    version: str | None
-    unasked: str | None = None  # what makes it is asked about it
+def _check_onnx(spec: ExportSpec, config_folder: Path, result: Foreseen) -> None:
+    from compress.exports.onnx.carried import Asked, carried_grids
+    from compress.exports.onnx.config import builder_config, target_of
+    from compress.model.shapes import find_modules
 
-    def __init__(self, spec: ExportSpec) -> None:
-        from compress.evaluation.openvino_runtime import PROGRAM
+    config = result.shapes.config
+    builder_config(config, config_folder)
+    if result.layout == TORCHAO:
+        raise ModelError(f"{config_folder}: {ROUNDS_INPUTS}")
+    grids, columns = _planned(result)
+    linears, asked = find_modules(result.shapes).linears, Asked(spec.type, spec.int8_inputs)
+    target = target_of(config, config_folder)
+    carried_grids(config_folder, grids, columns.__getitem__, linears, target, asked)
 
-        found = find_program(PROGRAM, spec.python)
-        if isinstance(found, str):
-            raise UserError(found)
-        self.spec, self.engine, self.version = spec, found, found.version
 
-    def made_by(self) -> list[Any]:
-        """What its bytes hang on beside checkpoint and options."""
-        from compress.exports.openvino.build import CODE_VERSION
+def _for_openvino(spec: ExportSpec) -> ForFolder:
+    from compress.evaluation.openvino_runtime import CHECK_VERSION, PROGRAM, check_in_openvino
+    from compress.exports.openvino.build import CODE_VERSION, Written, export_openvino
+    from compress.exports.openvino.codes import Digests
 
-        return [CODE_VERSION, self.engine.version]
+    ask, write = check_in_openvino, export_openvino
+    kind = _Kind(PROGRAM, CODE_VERSION, CHECK_VERSION, _check_openvino, write, ask, Written, Digests.load)
+    return ForFolder(spec, kind)
 
-    def check(self, config_folder: Path, base: Path, result: Foreseen) -> None:
-        """Refuse what could not be written at the end."""
-        from compress.exports.openvino.codes import carried_grids
-        from compress.exports.openvino.config import traced_config
 
-        traced_config(result.shapes.config, config_folder)
-        if result.layout == TORCHAO:
-            raise ModelError(f"{config_folder}: {ROUNDS_INPUTS}")
-        grids, columns = _planned(result)
-        carried_grids(config_folder, grids, columns.__getitem__, self.spec.type, self.spec.int8_inputs)
+def _check_openvino(spec: ExportSpec, config_folder: Path, result: Foreseen) -> None:
+    from compress.exports.openvino.codes import carried_grids
+    from compress.exports.openvino.config import traced_config
 
-    def check_place(self, path: Path) -> None:
-        """Refuse to write over what is not ours."""
-        from compress.exports.onnx.build import check_replaceable
-
-        check_replaceable(path)
-
-    def write(self, folder: Path, path: Path, reporter: Reporter, name: str | None = None) -> "OpenvinoWritten":
-        """Write a checkpoint to a folder of this name."""
-        from compress.exports.openvino.build import export_openvino
-
-        return export_openvino(folder, path, self.engine, self.spec.type, self.spec.int8_inputs, reporter)
-
-    def ask(
-        self, folder: Path, written: Any, trust_remote_code: bool = False, device: "torch.device | None" = None
-    ) -> "tuple[list[Check], ServedPace | None]":
-        """What OpenVINO says of it, beside the checkpoint."""
-        from compress.evaluation.openvino_runtime import check_in_openvino
-        from compress.evaluation.other_program import Timing
-
-        codes = written.codes
-        return check_in_openvino(folder, written.folder, self.engine, len(codes), codes.other, Timing(), device)
-
-    def dump(self, written: Any) -> dict[str, Any]:
-        """What was written, as JSON can hold it."""
-        kept = {name: value for name, value in vars(written).items() if name != "folder"}
-        return kept | {"codes": written.codes.dump()}
-
-    def load(self, kept: dict[str, Any], path: Path) -> "OpenvinoWritten":
-        """The same of what `dump` gave; `path` is what was written."""
-        from compress.exports.openvino.build import Written
-        from compress.exports.openvino.codes import Digests
-
-        return Written(folder=path, **kept | {"codes": Digests.load(kept["codes"])})
+    traced_config(result.shapes.config, config_folder)
+    if result.layout == TORCHAO:
+        raise ModelError(f"{config_folder}: {ROUNDS_INPUTS}")
+    grids, columns = _planned(result)
+    carried_grids(config_folder, grids, columns.__getitem__, spec.type, spec.int8_inputs)
 
 
 def _planned(result: Foreseen) -> "tuple[dict[str, Grid], dict[str, int]]":
@@ -321,6 +304,6 @@ def exporter_of(spec: ExportSpec) -> Exporter:
         UserError: it is missing, and how to get it.
     """
     kinds: dict[str, Callable[[ExportSpec], Exporter]] = {
-        "gguf": ForLlamaCpp, "onnx": ForOnnxRuntime, "openvino": ForOpenvino
+        "gguf": ForLlamaCpp, "onnx": _for_onnx_runtime, "openvino": _for_openvino
     }  # fmt: skip
     return kinds[spec.to](spec)

@@ -1,13 +1,14 @@
 """The .gguf file at the end of a recipe: written from the last artefact, opened in llama.cpp, put into the output."""
 
 import json
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from compress.errors import ModelError, RecipeError
-from compress.evaluation.llama_cpp import check_in_llama_cpp
+from compress.errors import ModelError, RecipeError, reason
+from compress.evaluation.llama_cpp import ENGINE, check_in_llama_cpp
 from compress.evaluation.llama_cpp_served import served_in_llama_cpp
 from compress.evaluation.verify import Check
 from compress.loop.context import Context
@@ -39,13 +40,15 @@ class GgufFile:
         bytes: of it.
         served: for the report.
         beside: what goes into the output beside it, by its name there.
+        digests: SHA-256 of all of them as they were written, by their names there.
     """
 
     path: Path
     name: str
     bytes: int
     served: Served
-    beside: Mapping[str, Path]
+    beside: dict[str, Path]
+    digests: dict[str, str]
 
 
 def writes_gguf(recipe: Recipe) -> bool:
@@ -86,35 +89,70 @@ def make_gguf(
         fresh: write anew what was written before.
         context: where our reader computes, and who is told what happens.
     """
+    reporter = context.reporter
+    file, kept = _made(artefact.folder, artefact.key, recipe.name, work, fresh, reporter)
+    for remark in kept["remarks"]:
+        reporter.warn(remark)
+    served = _asked(recipe, artefact.folder, file, base, base_id, work, fresh, context)
+    name, sums = file_name(recipe), f"{stem_of(recipe.name)}.{_IMATRIX}"
+    beside, digests = {}, {name: kept["files"][file.name]}
+    if _IMATRIX in kept["files"]:
+        beside, digests[sums] = {sums: file.with_name(_IMATRIX)}, kept["files"][_IMATRIX]
+    return GgufFile(file, name, file.stat().st_size, served, beside, digests)
+
+
+def _made(
+    checkpoint: Path, key: str, name: str | None, work: Path, fresh: bool, reporter: Reporter
+) -> tuple[Path, dict[str, Any]]:
+    """The file of a checkpoint, and what was noted of it: remarks, and digests of what was written."""
     from compress.exports.gguf.imatrix import export_imatrix
     from compress.exports.gguf.write import CODE_VERSION, export_gguf
 
+    folder = work / "gguf" / fingerprint(key, side_digest(checkpoint), name, CODE_VERSION)
+    folder.mkdir(parents=True, exist_ok=True)
+    file, imatrix, note = folder / "model.gguf", folder / _IMATRIX, folder / "note.json"
+    if fresh or not _is_whole(note, reporter):
+        note.unlink(missing_ok=True)
+    with made_once(note, lambda holder: reporter.say(f"waiting for {holder}, which writes it")) as missing:
+        if missing:
+            file.unlink(missing_ok=True)  # a damaged one would not be known as ours
+            if (checkpoint / SUMS).is_file():
+                export_imatrix(checkpoint, checkpoint / SUMS, imatrix)
+            remarks = export_gguf(checkpoint, file, "auto", None, reporter, name).remarks
+            files = {each.name: sha256(each) for each in (file, imatrix) if each.is_file()}
+            write_text(note, json.dumps({"remarks": remarks, "files": files}))
+        return file, json.loads(note.read_text(encoding="utf-8"))
+
+
+def _is_whole(note: Path, reporter: Reporter) -> bool:
+    """Whether all that a note tells of is as it was written."""
+    if not note.is_file():
+        return False
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        files = json.loads(note.read_text(encoding="utf-8"))["files"].items()
+        if all(sha256(note.with_name(name)) == digest for name, digest in files):
+            return True
+    reporter.say(f"{note.parent}: changed since it was written; writing it again")
+    return False
+
+
+def _asked(
+    recipe: Recipe, checkpoint: Path, file: Path, base: Checkpoint, base_id: str, work: Path, fresh: bool,
+    context: Context,
+) -> Served:  # fmt: skip
+    """What llama.cpp says of the file; that it could not be asked, whatever the reason, is said and recorded."""
     reporter = context.reporter
-
-    def once(checkpoint: Path, key: str, name: str | None = None) -> tuple[Path, list[str]]:
-        folder = work / "gguf" / fingerprint(key, side_digest(checkpoint), name, CODE_VERSION)
-        folder.mkdir(parents=True, exist_ok=True)
-        file, remarks = folder / "model.gguf", folder / "remarks.json"
-        if fresh:
-            remarks.unlink(missing_ok=True)
-        with made_once(remarks, lambda holder: reporter.say(f"waiting for {holder}, which writes it")) as missing:
-            if missing:
-                if (checkpoint / SUMS).is_file():
-                    export_imatrix(checkpoint, checkpoint / SUMS, folder / _IMATRIX)
-                write_text(remarks, json.dumps(export_gguf(checkpoint, file, "auto", None, reporter, name).remarks))
-            return file, json.loads(remarks.read_text(encoding="utf-8"))
-
-    file, remarks = once(artefact.folder, artefact.key, recipe.name)
-    for remark in remarks:
-        reporter.warn(remark)
-    beside = None if recipe.serve is None else once(base.folder, base_id)[0]
-    reporter.say("opening the file in llama.cpp")
-    served = served_in_llama_cpp(
-        artefact.folder, file, matrix_types(file), beside, context.device, recipe.trust_remote_code
-    )
-    named = f"{stem_of(recipe.name)}.{_IMATRIX}"
-    sums = {named: file.with_name(_IMATRIX)} if (artefact.folder / SUMS).is_file() else {}
-    return GgufFile(file, file_name(recipe), file.stat().st_size, served, sums)
+    try:
+        beside = None if recipe.serve is None else _made(base.folder, base_id, None, work, fresh, reporter)[0]
+        reporter.say("opening the file in llama.cpp")
+        types, trust = matrix_types(file), recipe.trust_remote_code
+        return served_in_llama_cpp(checkpoint, file, types, beside, context.device, trust)
+    except Exception as error:  # of memory, of disks, of our own reader: the file must not be lost by it
+        reporter.warn(
+            f"llama.cpp could not be asked about the file: {reason(error)}; mend this and run the same command again, "
+            "or run dscompress verify on the file"
+        )
+        return Served(engine=ENGINE, opened=False, passed=False, note=f"could not be asked: {reason(error)}")
 
 
 def verify_gguf(file: Path) -> list[Check]:

@@ -314,8 +314,10 @@ class _Job:
             report = exported.added_to(self._report(stages))
             if made is not None:
                 report = with_gguf(report, made)
-            file, beside = (None, {}) if made is None else ((made.path, made.name), made.beside)
-            write_output(last.folder, self.output, report, file, {**beside, **exported.files})
+            file, beside, digests = None, exported.files, exported.digests
+            if made is not None:  # there are no exports beside it
+                file, beside, digests = (made.path, made.name), made.beside, made.digests
+            write_output(last.folder, self.output, report, file, beside, digests)
         track(report, recipe.tracker, self.work, self.reporter)
         return report
 

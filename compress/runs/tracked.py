@@ -1,7 +1,8 @@
-"""A finished run in the user's own tracker of runs: the report's figures, once, with the recipe beside them."""
+"""A finished run in the user's own tracker of runs: the report's figures, with the recipe beside them."""
 
 from pathlib import Path
 
+from compress.errors import reason
 from compress.records import Report
 from compress.report.frontier import figures_of
 from compress.system.progress import Reporter
@@ -31,9 +32,9 @@ def track(report: Report, kind: str | None, work: Path, reporter: Reporter) -> N
             tracker.add(0, tracked_figures(report))
         finally:
             tracker.close()
-    except Exception as error:  # packages that talk to servers raise all kinds
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        reporter.warn(f"tracker: {kind} did not take the figures ({said}); they are in {report.compressed.path}")
+    except Exception as error:
+        said = f"{kind} did not take the figures ({reason(error)})"
+        reporter.warn(f"tracker: {said}; they are in {report.compressed.path}")
 
 
 def tracked_figures(report: Report) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """What a sweep would do, as a tree: stages that points share once, and what each point adds. Never imports torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from compress.errors import ModelError, RecipeError
+from compress.errors import ModelError, OutputError, RecipeError
+from compress.exports.plan import disk_bytes, export_bytes
 from compress.report.figures import duration
+from compress.runs.foreseen import foreseen_result
 from compress.runs.plan import RunPlan, plan_run
 from compress.sweeps.points import Planned
 from compress.system.fingerprint import fingerprint
@@ -25,7 +27,7 @@ class Node:
 
 
 def plan_points(points: Sequence[Planned], folder: Path, models: dict[str, Path]) -> dict[str, RunPlan]:
-    """Check each point against the model.
+    """Check each point against the model, and what it exports.
 
     Args:
         points: all.
@@ -38,10 +40,14 @@ def plan_points(points: Sequence[Planned], folder: Path, models: dict[str, Path]
     plans, problems = {}, []
     for point in points:
         try:
-            plans[point.name] = plan_run(point.recipe, folder, models)
+            plans[point.name] = plan = plan_run(point.recipe, folder, models)
+            if plan.recipe.export:
+                from compress.runs.exported import check_exports  # here, because it imports torch
+
+                check_exports(plan)
         except RecipeError as error:
             problems += [f"{point.name}: {problem}" for problem in error.problems]
-        except ModelError as error:
+        except (ModelError, OutputError) as error:
             problems.append(f"{point.name}: {error}")
     if problems:
         raise RecipeError(problems)
@@ -104,14 +110,27 @@ def lines(points: Sequence[Planned], plans: dict[str, RunPlan], finished: Mappin
     walk(roots, 0, set())
     every = sum(len(plan.parts) for plan in plans.values())
     once = len(found)
-    disk = sum(node.bytes for node in _all(roots))
+    exports, disk = _exports(plans.values())
+    disk += sum(node.bytes for node in _all(roots))
     results = sum(plan.stages[-1].shapes.bytes for plan in plans.values() if plan.stages[-1].shapes is not None)
+    further = f", their exports about {size(exports)}" if exports else ""
     return [
         *found,
         f"{len(plans)} points, {once} stages to make instead of {every}; the base is measured once",
-        f"disk: about {size(disk)} in the work folder while it runs; the {len(plans)} checkpoints are {size(results)}",
+        f"disk: about {size(disk)} in the work folder while it runs; the {len(plans)} checkpoints are {size(results)}"
+        f"{further}",
         f"time: {_time(len(plans) - len(finished), sorted(finished.values()))}",
     ]
+
+
+def _exports(plans: Iterable[RunPlan]) -> tuple[int, int]:
+    """Bytes of all points' exports, and those that they want in the work folder; no two points share one."""
+    written = wanted = 0
+    for plan in plans:
+        for spec in plan.recipe.export:
+            result = foreseen_result(plan)
+            written, wanted = written + export_bytes(spec, result), wanted + disk_bytes(spec, result)
+    return written, wanted
 
 
 def _time(left: int, taken: Sequence[float]) -> str:

@@ -94,8 +94,11 @@ def runs(process: int) -> bool:
 
 
 def link_or_copy(file: Path, target: Path) -> None:
-    """Make `target` another name of `file`, or a copy where the file system has no hard links."""
+    """Make `target` another name of `file`, or a copy where the file system has no hard links.
+
+    A link, as in the hub's cache, is followed: another name of the link itself would lead nowhere from another folder.
+    """
     try:
-        os.link(file, target)
+        os.link(file.resolve(), target)
     except OSError:
         shutil.copy2(file, target)

@@ -30,7 +30,8 @@ class Program:
         name: for people.
         module: what Python imports it by.
         environment: the folder of a virtual environment that holds it, looked for in the current folder and the clone.
-        client: the script that asks it, which prints its version when told `--version`, or an empty line.
+        client: the script that asks it, which prints its version when told `--version`, or an empty line; then a line
+            for each other package there that its answers hang on.
         remedy: how to get it.
     """
 
@@ -43,10 +44,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Engine:
-    """An environment with a program: its interpreter, and which version of the program it has."""
+    """An environment with a program: its interpreter, and which version of the program it has.
+
+    `others` are names and versions of what else is there that its answers hang on.
+    """
 
     python: Path
     version: str
+    others: tuple[str, ...] = ()
 
 
 def find_program(program: Program, named: str | None) -> Engine | str:
@@ -76,7 +81,8 @@ def find_program(program: Program, named: str | None) -> Engine | str:
         return (
             f"{python}: has no {program.name}{why}; name the Python of an environment that has it, or {program.remedy}"
         )
-    return Engine(python, done.stdout.strip())
+    version, *others = done.stdout.strip().splitlines()
+    return Engine(python, version, tuple(others))
 
 
 def _interpreter(program: Program, named: str | None) -> Path | None:

@@ -47,7 +47,10 @@ def open_tracker(kind: str, folder: Path, name: str, settings: dict[str, Any]) -
     """
     if (problem := tracker_problem(kind)) is not None:
         raise UserError(problem)
-    return _TensorBoard(folder / name, settings) if kind == "tensorboard" else _Run(kind, name, settings)
+    if kind == "tensorboard":
+        inside = [part for part in name.split("/") if part not in ("", ".", "..")]
+        return _TensorBoard(folder.joinpath(*inside), settings)
+    return _Run(kind, name, settings)
 
 
 class _TensorBoard:

@@ -134,13 +134,21 @@ def test_an_environment_needs_the_builder_too(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{find_python()}" -S "$@"\n')
     python.chmod(0o755)
-    for package in ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime-genai"):
+    others = ["torch", "transformers", "onnx", "onnx_ir"]
+    for number, package in enumerate([*others, "onnxruntime-genai"]):
         found = find_program(PROGRAM, str(python))
         assert isinstance(found, str) and f"{python}: has no ONNX Runtime GenAI; name the Python" in found
-        info = tmp_path / f"{package.replace('-', '_')}-0.18.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.18.0\n")
-    assert find_program(PROGRAM, str(python)) == Engine(python, "0.18.0")
+        installed(tmp_path, package, f"{number}.0")
+    beside = tuple(f"{package} {number}.0" for number, package in enumerate(others))
+    assert find_program(PROGRAM, str(python)) == Engine(python, "4.0", beside)
+    installed(tmp_path, "onnxruntime", "7.0")
+    assert find_program(PROGRAM, str(python)) == Engine(python, "4.0", (*beside, "onnxruntime 7.0"))
+
+
+def installed(folder: Path, package: str, version: str) -> None:
+    info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
 
 
 def find_python() -> str:

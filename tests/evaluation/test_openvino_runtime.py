@@ -137,10 +137,12 @@ def test_an_environment_needs_what_makes_models_too(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{sys.executable}" -S "$@"\n')
     python.chmod(0o755)
-    for package in ("torch", "transformers", "optimum-intel", "openvino-tokenizers", "openvino-genai", "openvino"):
+    others = ["torch", "transformers", "optimum-intel", "openvino-tokenizers", "openvino-genai"]
+    for number, package in enumerate([*others, "openvino"]):
         found = find_program(PROGRAM, str(python))
         assert isinstance(found, str) and f"{python}: has no OpenVINO; name the Python" in found
-        info = tmp_path / f"{package.replace('-', '_')}-2026.4.1.dist-info"
+        info = tmp_path / f"{package.replace('-', '_')}-{number}.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 2026.4.1\n")
-    assert find_program(PROGRAM, str(python)) == Engine(python, "2026.4.1")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}.0\n")
+    beside = tuple(f"{package} {number}.0" for number, package in enumerate(others))
+    assert find_program(PROGRAM, str(python)) == Engine(python, "5.0", beside)

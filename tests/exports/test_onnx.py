@@ -22,7 +22,8 @@ from torch import Tensor
 
 import compress
 from compress.errors import DscompressError, ModelError, OutputError
-from compress.exports.onnx.build import MARK, Written, export_onnx
+from compress.exports.marked import MARK
+from compress.exports.onnx.build import Written, export_onnx
 from compress.exports.onnx.codes import Digests, grid_of, laid_out, pack
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.model.checkpoint import Checkpoint

@@ -396,4 +396,4 @@ def test_what_is_kept_of_it_is_read_again(made: Made, tmp_path: Path) -> None:
     written = exported(made(**W4 | {"bits": 3}), tmp_path)
     exporter = exporter_of(ExportSpec(to="openvino", python=str(tmp_path / "python")))
     assert exporter.load(json.loads(json.dumps(exporter.dump(written))), written.folder) == written
-    assert exporter.version == "2026.4.1" and exporter.made_by() == [1, "2026.4.1"]
+    assert exporter.version == "2026.4.1" and exporter.made_by("a") == [1, "2026.4.1"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from compress.recipe.export import TARGETS
 from compress.records import Report
 from compress.report.write import export_lines, write_model_card, write_report
 
@@ -64,6 +65,24 @@ def test_the_card_says_how_to_run_them(tmp_path: Path) -> None:
     assert "3 files, of which programs are given the first" in card
 
 
+LINES = {
+    "gguf": ["llama-cli -m {place}", "llama-server -m {place} --port 8080"],
+    "onnx": ["pip install onnxruntime-genai", 'model = onnxruntime_genai.Model("{place}")'],
+    "openvino": ["pip install openvino-genai", 'pipe = openvino_genai.LLMPipeline("{place}", "CPU")'],
+}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_each_is_opened_by_its_own_program(to: str, tmp_path: Path) -> None:
+    """As the page has it, and the card that goes with the checkpoint."""
+    name = "a.gguf" if to == "gguf" else to
+    _, html, card = written(tmp_path, GGUF | {"to": to, "name": name, "program": TARGETS[to].program})
+    for text in (card, html.replace("&#34;", '"')):
+        for other, lines in LINES.items():
+            found = [line.format(place=f"path/to/out/{name}") in text for line in lines]
+            assert found == [other == to] * 2, other
+
+
 def test_one_that_fails_can_not_be_missed(tmp_path: Path) -> None:
     md, html, card = written(tmp_path, GGUF, ONNX | {"checks": [*CHECKS[:1], FAILED]})
     assert '<li class="bad">onnx: onnx runtime: differ by &lt;b&gt;2 nats&lt;/b&gt; | 3</li>' in html
@@ -72,6 +91,18 @@ def test_one_that_fails_can_not_be_missed(tmp_path: Path) -> None:
         assert "| onnx | 4.90 MB | FAILS in ONNX Runtime GenAI 0.18.0; do not use it |" in text
     for text in (md, html, card):
         assert "onnxruntime_genai.Model" not in text and "llama-server" in text
+
+
+def test_one_that_is_not_there_can_not_be_missed(tmp_path: Path) -> None:
+    lost = {"name": "onnx", "to": "onnx", "type": "auto", "files": 0, "bytes": 0, "carried": 0,
+            "program": "ONNX Runtime GenAI", "failure": "MemoryError: of 7 GB"}  # fmt: skip
+    md, html, card = written(tmp_path, GGUF, lost)
+    assert '<li class="bad">onnx: could not be written: MemoryError: of 7 GB</li>' in html
+    for text in (md, card):
+        assert "- onnx: could not be written: MemoryError: of 7 GB" in text
+        assert "| onnx |  | COULD NOT BE WRITTEN |" in text
+    assert "onnxruntime_genai.Model" not in card and "- onnx\n" not in card.split("---")[1]
+    assert export_lines(report(lost)) == ["onnx: COULD NOT BE WRITTEN: MemoryError: of 7 GB"]
 
 
 @pytest.mark.parametrize(

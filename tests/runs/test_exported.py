@@ -4,6 +4,7 @@ A stand-in builds folders for ONNX Runtime GenAI, and says no when it is asked; 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from random_models import make_model
 
 from compress.evaluation.llama_cpp import llama_cpp_missing
 from compress.exports.gguf.write import export_gguf
+from compress.recipe.export import ExportSpec
 from compress.records import Report, read_record
 from compress.runs.artefact import drop_weights
 from compress.runs.cache import cache_entries, clean_cache, drop_artefact
+from compress.runs.exporters import exporter_of
 from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
 
@@ -147,6 +150,9 @@ def test_what_llama_cpp_said_is_kept(folder: Path, model: Path, monkeypatch: pyt
     assert "asking llama.cpp" not in run().stderr and report(folder).exports == first
     (said,) = (folder / ".dscompress" / "exports").glob("*.said.json")
     said.write_text(said.read_text().replace(str(first[0].version), "0"))  # of another version
+    assert "asking llama.cpp about tiny.gguf" in run().stderr
+    assert "asking llama.cpp" not in run().stderr
+    monkeypatch.setattr("compress.evaluation.llama_cpp.CHECK_VERSION", 7)  # other questions
     assert "asking llama.cpp about tiny.gguf" in run().stderr
 
 
@@ -296,18 +302,148 @@ def test_what_only_asks_is_a_note_where_it_is_missing(folder: Path, model: Path)
     assert "tiny.gguf, " in done.stdout and "llama.cpp was not asked: xllamacpp is not installed; get it" in done.stdout
 
 
+KEPT = (
+    "; the checkpoint is there without it, and all stages are kept: mend this or remove the export, and run the same "
+    "command again"
+)
+
+
+@pytest.mark.usefixtures("unasked")
 def test_what_fails_in_the_end_says_that_the_stages_are_kept(folder: Path, model: Path) -> None:
     export = onnx(folder)
-    (folder / "python").write_text((folder / "python").read_text().replace('mkdir "$6"', "echo KeyError: 7; exit 1"))
-    write(folder, model, [export])
+    whole = (folder / "python").read_text()
+    (folder / "python").write_text(whole.replace('mkdir "$6"', "echo KeyError: 7; exit 1"))
+    write(folder, model, [export, "gguf"])
     done = run(code=1)
-    assert done.stderr.splitlines()[-1].endswith(
-        "ONNX Runtime GenAI 0.18.0's builder ended without an answer (KeyError: 7); all stages are finished and kept: "
-        "mend this or remove the export, and run the same command again"
+    (failed, gguf), out = report(folder).exports, folder / "out"
+    assert failed.failure is not None and failed.failure.endswith(
+        "ONNX Runtime GenAI 0.18.0's builder ended without an answer (KeyError: 7)"
     )
+    said = f"export.0: onnx could not be written: {failed.failure}{KEPT}"
+    assert f"warning: {said}\n" in done.stderr and said in report(folder).warnings
+    assert f"exported    onnx: COULD NOT BE WRITTEN: {failed.failure}\n" in done.stdout
+    assert (failed.name, failed.files, failed.bytes, failed.passed) == ("onnx", 0, 0, False)
+    assert gguf.name == "tiny.gguf" and (out / "tiny.gguf").is_file() and not (out / "onnx").exists()
+    assert invoke("verify", "out").exit_code == 0
+    (folder / "python").write_text(whole)
+    again = run(code=1).stderr  # the stand-in says no
+    assert "quantize: finished before" in again and "tiny.gguf: written before" in again
+    assert (out / "onnx" / "model.onnx").is_file() and report(folder).exports[0].failure is None
+
+
+ANY = [
+    (MemoryError("of 7 GB"), "MemoryError: of 7 GB"),
+    (OSError(28, "No space left"), "OSError: [Errno 28] No space left"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), ANY, ids=lambda value: type(value).__name__)
+def test_whatever_writing_raises_the_output_is_there(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr("compress.runs.exporters.ForFolder.write", raising(error))
+    write(folder, model, [onnx(folder)])
+    run(code=1)
+    assert [each.failure for each in report(folder).exports] == [words]
+    assert read_record(folder / "out") is not None and (folder / "out" / "model.safetensors").is_file()
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    return fail
+
+
+def test_whatever_asking_raises_is_a_failed_check(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, model, [onnx(folder)])
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.runs.exporters.ForFolder.ask", raising(MemoryError("of 7 GB")))
+        done = run(code=1)
+    words = "ONNX Runtime GenAI: could not be asked: MemoryError: of 7 GB"
+    assert f"warning: onnx does not pass in ONNX Runtime GenAI: {words}; do not use it" in done.stderr
+    (found,) = report(folder).exports
+    assert [(each.name, each.passed) for each in found.checks] == [("ONNX Runtime GenAI", False)]
+    assert (folder / "out" / "onnx" / "model.onnx").is_file()
+    again = run(code=1).stderr
+    assert "onnx: written before" in again and "asking ONNX Runtime GenAI about onnx" in again
+
+
+@pytest.mark.parametrize("what", ["write", "ask"])
+def test_who_interrupts_stops_it(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(f"compress.runs.exporters.ForFolder.{what}", raising(KeyboardInterrupt()))
+    write(folder, model, [onnx(folder)])
+    assert invoke(*RUN).exit_code == 130
     assert not (folder / "out").exists()
-    write(folder, model, [])
-    assert "quantize: finished before" in run().stderr
+
+
+def changed(file: Path) -> None:
+    """Of a file, one byte, in place."""
+    with file.open("r+b") as opened:
+        opened.seek(-1000, 2)
+        old = opened.read(1)
+        opened.seek(-1000, 2)
+        opened.write(bytes([old[0] ^ 1]))
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_file_that_has_changed_is_written_again(folder: Path, model: Path) -> None:
+    write(folder, model, ["gguf", onnx(folder)])
+    run(code=1)
+    file = folder / "out" / "tiny.gguf"
+    whole = file.read_bytes()
+    changed(file)  # which is the one in the work folder too
+    (kept,) = (folder / ".dscompress" / "exports").glob("*/onnx")
+    (kept / "genai_config.json").write_text("{}\n\n")
+    said = run(code=1).stderr
+    for name, where in (("tiny.gguf", r"\w+"), ("onnx", kept.parent.name)):
+        assert re.search(rf"{name}: changed in \S+/exports/{where} since it was written; writing it again", said)
+    assert file.read_bytes() == whole and (kept / "genai_config.json").read_text() == "{}\n"
+    assert invoke("verify", "out").exit_code == 0
+    assert "writing it again" not in run(code=1).stderr
+
+
+def test_a_file_that_changes_while_it_is_asked_about_does_not_pass_for_whole(
+    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_: object, __: Path, written: Any, *___: object) -> Any:
+        (written.folder / "model.onnx").write_text("54321")
+        return [], None
+
+    monkeypatch.setattr("compress.runs.exporters.ForFolder.ask", ask)
+    write(folder, model, [onnx(folder)])
+    run()
+    done = invoke("verify", "out")
+    assert done.exit_code == 1 and "FAIL files: changed since they were written: onnx/model.onnx" in done.stdout
+
+
+@pytest.mark.usefixtures("unasked")
+def test_the_models_name_matters_where_it_is_in_the_file(folder: Path, model: Path) -> None:
+    write(folder, model, ["gguf", onnx(folder)])
+    run(code=1)
+    write(folder, model, ["gguf", onnx(folder)], name="other")
+    said = run(code=1).stderr
+    assert "onnx: written before" in said and "other.gguf: written before" not in said
+    assert GGUFReader(folder / "out" / "other.gguf").fields["general.name"].contents() == "other"
+
+
+def test_what_else_is_in_the_environment_matters(folder: Path, model: Path) -> None:
+    write(folder, model, [onnx(folder)])
+    run(code=1)
+    python = folder / "python"
+    python.write_text(python.read_text().replace("echo 0.18.0;", "echo 0.18.0; echo transformers 5.1;"))
+    assert "onnx: written before" not in run(code=1).stderr and report(folder).exports[0].version == "0.18.0"
+    assert "onnx: written before" in run(code=1).stderr
+
+
+MODULES = {"gguf": "llama_cpp", "onnx": "onnx_runtime", "openvino": "openvino_runtime"}
+
+
+@pytest.mark.parametrize("to", MODULES)
+def test_each_knows_the_version_of_its_questions(folder: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    monkeypatch.setattr(f"compress.evaluation.{MODULES[to]}.CHECK_VERSION", 7)
+    python = None if to == "gguf" else onnx(folder)["python"]
+    assert exporter_of(ExportSpec.model_validate({"to": to, "python": python})).check_version == 7
 
 
 def test_a_dry_run_says_what_will_be_written(folder: Path, model: Path) -> None:

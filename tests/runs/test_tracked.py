@@ -1,9 +1,11 @@
 """`tracker:` of a recipe: the report's figures, once, at the end; the trackers' packages are stood in for."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from command import invoke
 from finished import FinishedRun
 from small_model import write_model
+from stock_here import asked_here
 from tracker_here import Package
-from trained import context, spec, train, write_text
+from trained import context, log_of, spec, train, trained, write_text
 
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.schema import bundled_dir
@@ -83,7 +86,8 @@ def test_a_tracker_that_fails_loses_nothing(
     setattr(package, name, fails)
     report = Report.model_validate(finished_run.report)
     track(report, "wandb", Path("nowhere"), Reporter(quiet=True))
-    said = f"tracker: wandb did not take the figures (no route to host); they are in {finished_run.output}"
+    why = "ConnectionError: no route to host more of it"
+    said = f"tracker: wandb did not take the figures ({why}); they are in {finished_run.output}"
     assert capsys.readouterr().err == f"warning: {said}\n"
 
 
@@ -110,8 +114,73 @@ def test_stages_that_train_log_to_the_recipes_tracker_unless_they_name_one(
     with torch.enable_grad():
         train(base, tmp_path / "out", stage, there)
     asked, unasked = (package, other) if used == "wandb" else (other, package)
-    assert asked.asked[0][1]["name"] == "a run" and asked.asked[-1][0] == "finish" and not unasked.asked
+    assert asked.asked[0][1]["name"] == "a run/finetune-out" and asked.asked[-1][0] == "finish" and not unasked.asked
     assert sum("loss" in values[0] for name, *values in asked.asked if name == "log") == 2
+
+
+def test_each_stage_that_trains_is_a_run_of_its_own_and_the_report_another(
+    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a second stage, which begins at step 0 again, hides nothing of the first."""
+    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
+    stage = {
+        "kind": "finetune", "data": {"source": str(write_text(tmp_path / "text.jsonl")), "sequence_length": 32},
+        "batch_size": 2, "held_out": 2, "tokens": 128, "learning_rate": 1e-3,
+    }  # fmt: skip
+    recipe = {
+        "name": "a run", "model": str(write_model(tmp_path / "model")), "stages": [stage, stage], "evaluate": False,
+        "output": "out", "tracker": "wandb",
+    }  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    done = invoke("run", tmp_path / "r.json", "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    first, second, report = [values[0]["name"] for name, *values in package.asked if name == "init"]
+    assert first != second and report == "a run"
+    assert all(re.fullmatch(r"a run/finetune-[0-9a-f]{8}", name) for name in (first, second))
+
+
+def test_tensorboard_has_a_folder_for_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+
+    class Writer:
+        def __init__(self, folder: str, **_: int) -> None:
+            folders.append(folder)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    package = ModuleType("torch.utils.tensorboard")
+    package.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "here")
+    base = Checkpoint(write_model(tmp_path / "model"))
+    there = replace(context(tmp_path / "work", base), tracker="tensorboard", tracked="a run")
+    stage = spec(write_text(tmp_path / "text.jsonl"), steps=1)
+    with torch.enable_grad():
+        for name in ("0123456789.part", "abcdef0123.part"):
+            train(base, tmp_path / name, stage, there)
+    runs = tmp_path / "work" / "tensorboard" / "a run"
+    assert folders == [str(runs / "finetune-01234567"), str(runs / "finetune-abcdef01")]
+
+
+@pytest.mark.parametrize("name", ["init", "log", "finish"])
+def test_training_goes_on_without_a_tracker_that_fails(
+    name: str, tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(package, name, fails)
+    base = Checkpoint(write_model(tmp_path / "model"))
+    there = replace(context(tmp_path / "work", base), tracker="wandb")
+    with torch.enable_grad():
+        record = train(base, tmp_path / "out", spec(write_text(tmp_path / "text.jsonl"), steps=2), there)
+    assert trained(record).steps == 2
+    assert [line["step"] for line in log_of(tmp_path / "out") if "loss" in line] == [1, 2]
+    (warning,) = there.reporter.warnings
+    assert warning.startswith(
+        "tracker: wandb failed (ConnectionError: no route to host) and gets no more of this training; "
+    )
 
 
 def test_points_of_a_sweep_are_the_same_with_another_tracker(

@@ -1,5 +1,6 @@
 """`format: gguf`: what is solved, kept and written, and what llama.cpp and gguf read in it."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -56,6 +57,30 @@ def test_a_corrected_chat_template_reaches_the_file_of_a_finished_stage(tiny_mod
         assert fields["tokenizer.chat_template"].contents() == template
         assert fields["general.name"].contents() == "tiny"
     assert "quantize: finished before" in done.stderr
+
+
+def test_the_file_is_there_whatever_the_question_raises_and_written_again_where_it_has_changed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("of 7 GB")
+
+    monkeypatch.setattr("compress.runs.gguf_file.served_in_llama_cpp", fail)
+    document = recipe(tiny_model, tmp_path / "out", type="q8_0", method="rtn") | {"evaluate": False}
+    done = run(tmp_path, document)
+    assert done.exit_code == 0 and "llama.cpp could not be asked about the file: MemoryError: of 7 GB" in done.stderr
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_bytes())
+    assert report.served is not None and not report.served.opened and not report.served.passed
+    assert report.served.note == "could not be asked: MemoryError: of 7 GB"
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    whole = file.read_bytes()
+    file.write_bytes(bytes(len(whole)))  # which is the one in the work folder too
+    done = run(tmp_path, document)
+    assert "changed since it was written; writing it again" in done.stderr
+    assert file.read_bytes() == whole
+    record = json.loads((tmp_path / "out" / "dscompress.json").read_text())
+    assert record["files"][file.name] == hashlib.sha256(whole).hexdigest()
+    assert "writing it again" not in run(tmp_path, document).stderr
 
 
 def test_mixes_and_types_of_recipes_are_those_that_are_known() -> None:

@@ -141,6 +141,24 @@ def test_the_file_beside_is_recorded_and_is_no_model(finished: Path) -> None:
     assert (finished / "again" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["small-imatrix.gguf"], "small-imatrix.gguf"),  # quantized with one, as some hub models say
+        (["small-imatrix.gguf", "small.imatrix.gguf"], "small-imatrix.gguf"),
+        (["small.gguf", "imatrix.gguf"], "small.gguf"),
+        (["small.imatrix.gguf"], None),
+        (["small.gguf", "other.gguf"], None),
+    ],
+)
+def test_only_what_is_called_as_an_importance_matrix_is_no_model(
+    names: list[str], found: str | None, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert gguf_of(tmp_path) == (None if found is None else tmp_path / found)
+
+
 def test_a_dry_run_says_that_there_will_be_one(finished: Path) -> None:
     planned = invoke("run", finished / "recipe.json", "--dry-run")
     assert "importance matrix of the calibration text" in planned.stdout

@@ -1,15 +1,19 @@
-"""Points of a sweep that export: what is promoted has the exports, what is not kept has none."""
+"""Points of a sweep that export: refused and counted before any work, promoted with what they have, or not kept."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from command import invoke
+from gguf import GGUFReader
+from onnx_files import refusing
 from small_model import write_model
 from workers_here import Here
 
 from compress.records import Report, read_record
 from compress.system.fingerprint import sha256
+from compress.system.units import parse_size
 
 
 @pytest.fixture
@@ -45,6 +49,51 @@ def test_what_is_promoted_has_its_exports(folder: Path) -> None:
     assert record is not None and set(names) < set(record.files)
     assert {name: sha256(folder / "best" / name) for name in record.files} == record.files
     assert all((folder / "best" / name).stat().st_ino == (point / name).stat().st_ino for name in names)
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_no_point_could_export_is_refused_of_all_at_once(folder: Path, dry: list[str]) -> None:
+    recipe = yaml.safe_load((folder / "r.yaml").read_text())
+    recipe["export"] = ["gguf", {"to": "onnx", "python": str(refusing(folder / "python", "no").python)}]
+    recipe["stages"][0]["ignore"] = ["*.down_proj"]
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    done = invoke("sweep", folder / "r.yaml", "--device", "cpu", "--over", "stages.0.bits=4,8", *dry)
+    assert done.exit_code == 2 and Here.made == []
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.partition(": export.1: ")[0] for line in said] == ["error: bits=4", "error: bits=8"]
+    assert all("model.layers.0.mlp.down_proj and " in line and "kept their weights" in line for line in said)
+    assert not (folder / "out").exists() or not any((folder / "out").iterdir())
+
+
+def test_something_of_the_users_in_a_points_place_is_told_by_its_name(folder: Path) -> None:
+    file = folder / "out" / "points" / "bits=4" / "tiny-bits=4.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    done = invoke("sweep", folder / "r.yaml", "--device", "cpu", "--over", "stages.0.bits=4,8", "--dry-run")
+    assert done.exit_code == 2 and f"error: bits=4: {file}: exists, and was not written by dscompress" in done.stderr
+    assert file.read_text() == "years of work"
+
+
+def test_a_dry_run_counts_them(folder: Path) -> None:
+    """In the work folder and beside the checkpoints: the bytes of the tensors that are there in the end."""
+    arguments = ["sweep", folder / "r.yaml", "--over", "stages.0.bits=4,8", "--dry-run"]
+    (found,) = [line for line in invoke(*arguments).stdout.splitlines() if line.startswith("disk: ")]
+    (bare,) = [
+        line for line in invoke(*arguments, "--set", "export=[]").stdout.splitlines() if line.startswith("disk: ")
+    ]
+    line = (
+        r"disk: about (.+) in the work folder while it runs; the 2 checkpoints are ([^,]+)"
+        r"(?:, their exports about (.+))?"
+    )
+    sizes, alone = [
+        [parse_size(each or "") or 0 for each in re.fullmatch(line, text).groups()]  # type: ignore[union-attr]
+        for text in (found, bare)
+    ]
+    assert sizes[1] == alone[1] and alone[2] == 0
+    assert sizes[0] - alone[0] == pytest.approx(sizes[2], rel=0.02)  # .gguf files want no room but their own
+    sweep(folder)
+    written = [tensor.n_bytes for file in (folder / "out").rglob("*.gguf") for tensor in GGUFReader(file).tensors]
+    assert sizes[2] == pytest.approx(sum(written), rel=0.01)
 
 
 def test_what_is_not_kept_has_none(folder: Path) -> None:

@@ -119,7 +119,7 @@ class Run:
         self.reporter = Reporter(silent=True)
         self.loop = Loop(
             self.model, optimizer, Numbers(), lambda *_: None, settings, 6, self.folder, CPU, self.reporter,  # type: ignore[arg-type]
-            Log(self.folder / "log.jsonl", None, self.folder, "test", {}), start_over,
+            Log(self.folder / "log.jsonl", None, self.folder, "test", {}, self.reporter), start_over,
             self.after or (lambda: None), self.kept_in, None,
         )  # fmt: skip
 
@@ -822,7 +822,7 @@ def goes_back(log: Log) -> None:
 
 @pytest.mark.parametrize("package", ["trackio"], indirect=True)
 def test_trackio_gets_the_numbers_of_each_line_at_their_steps(tmp_path: Path, package: Package) -> None:
-    goes_back(Log(tmp_path / "log.jsonl", "trackio", tmp_path, "recipe", {"seed": 3}))
+    goes_back(Log(tmp_path / "log.jsonl", "trackio", tmp_path, "recipe", {"seed": 3}, Reporter(quiet=True)))
     assert package.asked == [
         ("init", {"project": "dscompress", "name": "recipe", "config": {"seed": 3}}),
         ("log", {"loss": 2.5}, {"step": 1}), ("log", {"loss": 5.0}, {"step": 2}), ("log", {"loss": 4.0}, {"step": 2}),
@@ -833,7 +833,7 @@ def test_trackio_gets_the_numbers_of_each_line_at_their_steps(tmp_path: Path, pa
 @pytest.mark.parametrize("package", ["wandb"], indirect=True)
 def test_wandb_never_sees_its_own_steps_go_backwards(tmp_path: Path, package: Package) -> None:
     """It drops what comes at a step before the last one; ours is a number that the others are drawn over."""
-    goes_back(Log(tmp_path / "log.jsonl", "wandb", tmp_path, "recipe", {"seed": 3}))
+    goes_back(Log(tmp_path / "log.jsonl", "wandb", tmp_path, "recipe", {"seed": 3}, Reporter(quiet=True)))
     assert package.asked[1:] == [
         ("define_metric", "*", {"step_metric": "step"}),
         ("log", {"step": 1, "loss": 2.5}, {}), ("log", {"step": 2, "loss": 5.0}, {}),
@@ -861,12 +861,42 @@ def test_tensorboard_hides_the_points_that_come_again(tmp_path: Path, monkeypatc
     package.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "here")
-    goes_back(Log(tmp_path / "log.jsonl", "tensorboard", tmp_path / "events", "recipe", {}))
+    goes_back(Log(tmp_path / "log.jsonl", "tensorboard", tmp_path / "events", "recipe", {}, Reporter(quiet=True)))
     folder = str(tmp_path / "events" / "recipe")
     assert asked == [
         ("open", folder, {"purge_step": 0}), ("loss", 2.5, 1), ("loss", 5.0, 2), ("close",),
         ("open", folder, {"purge_step": 2}), ("loss", 4.0, 2), ("close",),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("package", ["wandb"], indirect=True)
+@pytest.mark.parametrize("name", ["init", "define_metric", "log", "finish"])
+def test_a_tracker_that_fails_is_warned_of_once_and_the_file_goes_on(
+    name: str, tmp_path: Path, package: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        tried.append(1)
+        raise ConnectionError(f"no route {len(tried)}\nmore of it")
+
+    setattr(package, name, fails)
+    goes_back(Log(tmp_path / "log.jsonl", "wandb", tmp_path, "recipe", {}, Reporter(quiet=True)))
+    why = "ConnectionError: no route 1 more of it"
+    said = f"wandb failed ({why}) and gets no more of this training; all its steps are in log.jsonl"
+    assert capsys.readouterr().err == f"warning: tracker: {said}\n"
+    assert sum(each[0] == "log" for each in package.asked) == (3 if name == "finish" else 0)
+    assert ("finish", {}) in package.asked or name != "log"  # what follows is not logged into the same run
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.5, "note": "words"}, {"step": 2, "loss": 4.0}]
+
+
+def test_a_tracker_that_is_gone_since_the_recipe_was_checked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        Log(tmp_path / "log.jsonl", "wandb", tmp_path, "recipe", {}, Reporter(quiet=True))
 
 
 @pytest.mark.parametrize("stop", [None, 2])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress import __version__
 from compress.errors import DscompressError, ModelError, OutputError
+from compress.exports.marked import MARK, check_replaceable
 from compress.exports.onnx.carried import HEAD, Asked, carried_grids
 from compress.exports.onnx.codes import WIDTHS, Digests, joined_last, laid_out, pack
 from compress.exports.onnx.config import builder_config, target_of
@@ -38,7 +39,6 @@ from compress.system.units import size
 
 CODE_VERSION = 1  # raised when the same checkpoint gives other files
 MODEL = "model.onnx"
-MARK = "dscompress-export.json"  # a folder with this file is ours, and may be replaced
 _RUN = (
     "import onnxruntime_genai as og; model = og.Model({}); tokenizer = og.Tokenizer(model); "
     "how = og.GeneratorParams(model); how.set_search_options(max_length=64); made = og.Generator(model, how); "
@@ -133,18 +133,6 @@ def export_onnx(
         (made / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         commit(made, output)
     return Written(output, total, weights, source.digests, source.remarks(weights))
-
-
-def check_replaceable(folder: Path) -> None:
-    """Refuse to write over what is not ours.
-
-    Raises:
-        OutputError: naming the folder.
-    """
-    if folder.is_file():
-        raise OutputError(f"{folder}: is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise OutputError(f"{folder}: exists, and was not written by dscompress; name another folder, or remove it")
 
 
 def _disk_is_full(said: Path) -> bool:

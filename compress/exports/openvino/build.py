@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress import __version__
 from compress.errors import DscompressError, ModelError, OutputError
-from compress.exports.onnx.build import MARK, check_replaceable
+from compress.exports.marked import MARK, check_replaceable
 from compress.exports.openvino import builder
 from compress.exports.openvino.codes import WIDTHS, Digests, carried_grids, laid_out, shape_of
 from compress.exports.openvino.config import traced_config

@@ -267,7 +267,8 @@ class _Training:
         if distributed.rank() == 0:
             assert context.work is not None
             events, tracker = context.work / EVENTS, spec.tracker or context.tracker
-            log = Log(self.output / LOG, tracker, events, context.tracked, spec.model_dump(mode="json"))
+            name = f"{context.tracked}/{spec.kind}-{self.output.name[:8]}"  # the folder has the stage's fingerprint
+            log = Log(self.output / LOG, tracker, events, name, spec.model_dump(mode="json"), context.reporter)
         kept_in = {own: self.student.dtype(stored) for own, stored in names.items()}
         return Loop(
             trainee, optimizer, self.mixture, teach, settings, tokens, self.output, context.device,
