@@ -23,6 +23,14 @@ class Timing:
     new_tokens: int = 32
     rounds: int = 3
 
+    @classmethod
+    def within(cls, positions: int | None) -> "Timing":
+        """The usual one, or fewer tokens where the model has fewer positions; one more is computed behind the last."""
+        if positions is None:
+            return cls()
+        new = min(cls.new_tokens, max(1, positions // 8))
+        return cls(max(1, min(cls.prompt_tokens, positions - new - 1)), new)
+
 
 def apart(one: Tensor, other: Tensor, tokens: Tensor) -> Tensor:
     """How far log-probabilities [S - 1] of the tokens that came are apart, by logits [S or more, V]."""

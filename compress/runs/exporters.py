@@ -15,6 +15,7 @@ from compress.exports.marked import check_replaceable
 from compress.exports.plan import Foreseen
 from compress.exports.refused import ROUNDS_INPUTS
 from compress.formats.facts import TORCHAO
+from compress.model.arch import positions_of
 from compress.model.checkpoint import Checkpoint
 from compress.recipe.export import ExportSpec
 from compress.served_records import ServedPace
@@ -225,10 +226,8 @@ class ForFolder:
         """What its program says of it, beside the checkpoint."""
         from compress.evaluation.other_program import Timing
 
-        codes = written.codes
-        return self.kind.ask(
-            folder, written.folder, self.engine, len(codes), codes.other, timing=Timing(), device=device
-        )
+        codes, timing = written.codes, Timing.within(positions_of(Checkpoint(folder).config))
+        return self.kind.ask(folder, written.folder, self.engine, len(codes), codes.other, timing=timing, device=device)
 
     def dump(self, written: Any) -> dict[str, Any]:
         """What was written, as JSON can hold it."""

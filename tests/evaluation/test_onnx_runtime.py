@@ -155,3 +155,13 @@ def find_python() -> str:
     import sys
 
     return sys.executable
+
+
+@pytest.mark.parametrize("positions", [2, 16, 128, 289, 4096, None])
+def test_what_is_timed_fits_the_model(positions: int | None) -> None:
+    timing = Timing.within(positions)
+    assert timing.prompt_tokens >= 1 and timing.new_tokens >= 1
+    if positions is not None and positions > 2:
+        assert timing.prompt_tokens + timing.new_tokens + 1 <= positions
+    if positions is None or positions >= 289:
+        assert timing == Timing()
