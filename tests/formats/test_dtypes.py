@@ -82,9 +82,14 @@ def quantized(model: Path, work: Path, run_in: torch.dtype, settings: dict[str, 
     return work / "checkpoint", read_part(work / PROBE)[0]["logits"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize(
+    ("kind", "stage", "dtype"),
+    [  # each of the pairs in one of the two, in turns
+        (kind, stage, (torch.float32, torch.bfloat16)[(row + column) % 2])
+        for row, kind in enumerate(STORED)
+        for column, stage in enumerate(STAGES)
+    ],
+)
 def test_stock_loaders_compute_what_was_computed(
     models: Callable[[str], Path], tmp_path: Path, kind: str, stage: str, dtype: torch.dtype
 ) -> None:

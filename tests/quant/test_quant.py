@@ -69,9 +69,10 @@ def follow(weight: Tensor, hessian: Tensor, order: Tensor, found: Quantized, cli
     return code_ties, scale_ties
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "act_order"),
+    [*((bits, each, each) for bits in BITS for each in (True, False)), (3, True, False), (4, False, True)],
+)
 def test_gptq_is_the_published_algorithm(bits: int, symmetric: bool, act_order: bool) -> None:
     rows = 2 * bits + 17  # odd
     decided = torch.zeros(2)  # codes and scales that were ties

@@ -48,7 +48,8 @@ ALL = {"intermediate_size": 64, "num_attention_heads": 2, "hidden_size": 32, "nu
 WHOLE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # every axis
 WITHOUT = {"gpt_neox": ("heads", "groups", "hidden"), "opt": ("heads", "groups", "hidden")}
 CASES = [
-    *((family, axis) for family in WHOLE for axis in (*AXES, "all")),
+    *((family, axis) for family in ("llama", "gemma3_text", "phi3") for axis in (*AXES, "all")),
+    *((family, axis) for family in ("mistral", "qwen2", "qwen3", "gemma2") for axis in ("groups", "all")),
     *((family, axis) for family in CONFIGS if family not in WHOLE for axis in AXES),
 ]
 
