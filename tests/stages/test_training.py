@@ -95,7 +95,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def assert_arrived(folder: Path, wanted: Tensors, start: Checkpoint) -> None:
     """The weights are those wanted, but for a two-thousandth of the way there: processors add up in other orders."""
     found = weights(folder)
-    assert missed(found, wanted, weights(start.folder)) < 5e-4 and apart(found, wanted) < 1e-4
+    assert missed(found, wanted, weights(start.folder)) < 5e-4 and apart(found, wanted) < 2e-4
 
 
 def mixture(stage: TrainStage, models: Models, work: Path, parent: Checkpoint | None = None) -> Mixture:
