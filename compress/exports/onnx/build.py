@@ -10,7 +10,6 @@ at the second token) and rounding by the builder itself.
 
 import json
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from compress import __version__
 from compress.errors import DscompressError, ModelError, OutputError
-from compress.exports.marked import MARK, check_replaceable
+from compress.exports.marked import MARK, check_replaceable, folder_facts
 from compress.exports.onnx.carried import HEAD, Asked, carried_grids
 from compress.exports.onnx.codes import WIDTHS, Digests, joined_last, laid_out, pack
 from compress.exports.onnx.config import builder_config, target_of
@@ -74,13 +73,7 @@ class Written:
 
     def facts(self) -> list[tuple[str, str]]:
         """What was written, a word and what it says, for people."""
-        rows = [
-            ("folder", str(self.folder)),
-            ("size", f"{size(self.bytes)} ({self.bytes:,} bytes, {self.weights:,} of them {MODEL} and its data)"),
-        ]
-        if len(self.codes):
-            rows.append(("codes", f"{len(self.codes)} matrices have the checkpoint's own codes, unchanged"))
-        return [*rows, ("run", f"python -c {shlex.quote(_RUN.format(json.dumps(str(self.folder))))}")]
+        return folder_facts(self.folder, self.bytes, self.weights, MODEL, self.carried, _RUN)
 
 
 def export_onnx(

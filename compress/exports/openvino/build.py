@@ -8,7 +8,6 @@ Left out: NNCF, which would round anew, and tracing without weights in memory: o
 """
 
 import json
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from compress import __version__
 from compress.errors import DscompressError, ModelError, OutputError
-from compress.exports.marked import MARK, check_replaceable
+from compress.exports.marked import MARK, check_replaceable, folder_facts
 from compress.exports.openvino import builder
 from compress.exports.openvino.codes import WIDTHS, Digests, carried_grids, laid_out, shape_of
 from compress.exports.openvino.config import traced_config
@@ -34,7 +33,6 @@ from compress.quant.grid import Quantized
 from compress.system.files import beside, commit, link_or_copy, make_writable, writing
 from compress.system.programs import Engine, how_it_ended, run_program
 from compress.system.progress import Reporter
-from compress.system.units import size
 
 CODE_VERSION = 1  # raised when the same checkpoint gives other files
 MODEL = "openvino_model"
@@ -69,13 +67,7 @@ class Written:
 
     def facts(self) -> list[tuple[str, str]]:
         """What was written, a word and what it says, for people."""
-        rows = [
-            ("folder", str(self.folder)),
-            ("size", f"{size(self.bytes)} ({self.bytes:,} bytes, {self.weights:,} of them {MODEL}.xml and its data)"),
-        ]
-        if self.carried:
-            rows.append(("codes", f"{self.carried} matrices have the checkpoint's own codes, unchanged"))
-        return [*rows, ("run", f"python -c {shlex.quote(_RUN.format(json.dumps(str(self.folder))))}")]
+        return folder_facts(self.folder, self.bytes, self.weights, f"{MODEL}.xml", self.carried, _RUN)
 
 
 def export_openvino(
