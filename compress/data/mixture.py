@@ -111,7 +111,8 @@ class Mixture:
             if not rows:
                 continue
             part = text.read([places[row][1] for row in rows])
-            batch.tokens[rows], batch.documents[rows], batch.scored[rows] = part.tokens, part.documents, part.scored
+            for name in ("tokens", "documents", "scored"):  # in numpy, since torch wakes a thread on each core
+                getattr(batch, name).numpy()[rows] = getattr(part, name).numpy()
         return batch
 
     def passes(self, steps: int) -> dict[str, float]:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,15 @@ class Text(Protocol):
 
 
 Teach = Callable[[Sequence[Place], Inputs], Taught | None]
+
+
+class _Read(NamedTuple):
+    """What a step reads: its micro-batches, the scored tokens of all processes, and the first one's teaching."""
+
+    step: int
+    micro: list[tuple[Sequence[Place], Any]]
+    scored: int
+    first: tuple[Inputs, Taught | None]
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class Loop:
         self.progress = Progress()
         self._since: list[float] = []  # losses since the last point of the curve
         self._guard = Guard()
+        self._ahead: _Read | None = None
         self._began = time.monotonic()
         self.foresight = Foresight(settings.steps, settings.evaluate_every)
 
@@ -186,25 +197,23 @@ class Loop:
 
     def _step(self, step: int) -> tuple[float, dict[str, float], float, int]:
         """Gradient and update; mean loss, means of its terms, norm of the gradient, tokens with a loss."""
-        settings = self.settings
-        places = self._own(self.text.indices(step))
-        micro = [places[n : n + settings.micro_batch] for n in range(0, len(places), settings.micro_batch)]
-        batches = [self.text.read(each) for each in micro]
-        scored = distributed.total(sum(int(batch.scored[:, 1:].sum()) for batch in batches))
+        settings, read, self._ahead = self.settings, self._ahead, None
+        read = read if read is not None and read.step == step else self._read(step)
         sums: dict[str, Tensor] = {}
         factor = settings.rate * self.progress.slower * rate(step, settings.steps, settings.warm_up)
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # torchao's, which is compiled for it
-                group["lr"].fill_(factor)
-            else:
-                group["lr"] = factor
-        for each, batch in zip(micro, batches, strict=True):
-            inputs = inputs_of(batch, self.device)
-            loss, parts = self.trainee(inputs, self.teach(each, inputs))
+        for group in self.optimizer.param_groups:  # torchao's is compiled for a tensor
+            group["lr"] = group["lr"].fill_(factor) if isinstance(group["lr"], Tensor) else factor
+        for number, (places, batch) in enumerate(read.micro):
+            inputs, taught = self._taught(places, batch) if number else read.first
+            loss, parts = self.trainee(inputs, taught)
             _add(sums, parts | {"loss": loss.detach()})
-            (loss * (distributed.world() / max(1, scored))).backward()  # gradients are averaged over processes
+            (loss * (distributed.world() / max(1, read.scored))).backward()  # gradients are averaged over processes
+            del inputs, taught
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters()), settings.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        scored, read = read.scored, None  # and with it what the teacher said is freed
+        if step + 1 < settings.steps:
+            self._ahead = self._read(step + 1)
         means = _means(sums, scored, self.device)
         loss_, norm_ = means.pop("loss"), float(norm)
         if loss_ == loss_ and abs(norm_) < float("inf"):
@@ -214,10 +223,20 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_, means, norm_, scored
 
-    def _own(self, places: Sequence[Place]) -> Sequence[Place]:
-        """This process's part of a step."""
+    def _read(self, step: int) -> _Read:
+        """What a step reads, and the first teaching, which a GPU does behind the step before without waiting."""
+        places, size = self.text.indices(step), self.settings.micro_batch
         share = len(places) // distributed.world()
-        return places[distributed.rank() * share : (distributed.rank() + 1) * share]
+        own = places[distributed.rank() * share :][:share]
+        micro = [own[n : n + size] for n in range(0, share, size)]
+        batches = [self.text.read(each) for each in micro]
+        first = self._taught(micro[0], batches[0])
+        scored = distributed.total(sum(int(np.count_nonzero(batch.scored.numpy()[:, 1:])) for batch in batches))
+        return _Read(step, list(zip(micro, batches, strict=True)), scored, first)
+
+    def _taught(self, places: Sequence[Place], batch: Any) -> tuple[Inputs, Taught | None]:
+        inputs = inputs_of(batch, self.device)
+        return inputs, self.teach(places, inputs)
 
     def _took(self, loss: float, parts: dict[str, float], norm: float, scored: int, seconds: float) -> None:
         """Note a step that went well."""

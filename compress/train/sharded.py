@@ -1,8 +1,9 @@
 """A model whose parameters are split over processes (FSDP2), one process included, and how it is filled and read.
 
 Trained parameters are float32, the masters; what computes is a copy in the precision of the forward passes, made layer
-by layer. Frozen ones are stored in that precision. Gradients are summed in float32. A layer is filled before it is
-split, so that a process never holds more of the whole model than one layer.
+by layer, or at once where a small model trains in one process: what FSDP does around modules costs a GPU more there
+than the passes. Frozen ones are stored in that precision. Gradients are summed in float32. A layer is filled before it
+is split, so that a process never holds more of the whole model than one layer.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-_SMALL = 1_000_000_000  # parameters up to which all of them are one group: hooks around each layer cost a GPU more
+_SMALL = 1_000_000_000  # parameters up to which copies of all of them are made at once
 _COMPILED_INPUTS = 8  # kinds of inputs of a layer: whole and ragged micro-batches, with gradients and without
 
 Load = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -87,7 +88,7 @@ def shard(
     if compiled:
         _expect_variants(decoder)
     places = {id(parameter): name for name, parameter in module.named_parameters()}
-    small = mesh.size() == 1 and sum(parameter.numel() for parameter in module.parameters()) < _SMALL
+    small = mesh.size() == 1 and not again and sum(each.numel() for each in module.parameters()) < _SMALL
     for part in [*decoder, module]:
         _fill(part, places, load, device)
         if part is module:
@@ -96,8 +97,51 @@ def shard(
             part.forward = torch.compile(part.forward, dynamic=False) if compiled else part.forward
             if again:
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-        if not alone and (part is module or not small):
+        if not alone and not small:
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=part is not module and mesh.size() > 1)
+    if small and not alone:
+        _compute_in(module, compute)
+
+
+def _compute_in(module: nn.Module, compute: torch.dtype) -> None:
+    """Let a module's forward passes read copies of its masters in another precision."""
+    masters = [each for each in module.parameters() if each.requires_grad and each.dtype != compute]
+    if not masters:
+        return
+    numbers = {id(each): number for number, each in enumerate(masters)}
+    places = [
+        (holder._parameters, leaf, numbers[id(each)])
+        for holder in module.modules()
+        for leaf, each in holder.named_parameters(recurse=False, remove_duplicate=False)
+        if id(each) in numbers
+    ]
+
+    def put(tensors: Sequence[Tensor]) -> None:
+        for parameters, leaf, number in places:  # past __setattr__, which takes parameters alone
+            parameters[leaf] = tensors[number]  # type: ignore[assignment]
+
+    module.register_forward_pre_hook(lambda *_: put(_Copies.apply(compute, *masters)))  # type: ignore[no-untyped-call]
+    module.register_forward_hook(lambda *_: put(masters), always_call=True)
+
+
+class _Copies(torch.autograd.Function):
+    """Masters in another precision; their gradients are float32."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_in_dtype(masters, compute))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = iter(_in_dtype([each for each in gradients if each is not None], torch.float32))
+        return None, *(None if each is None else next(there) for each in gradients)
+
+
+def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    made = [torch.empty_like(each, dtype=dtype) for each in tensors]
+    torch._foreach_copy_(made, list(tensors))
+    return made
 
 
 def _expect_variants(decoder: nn.ModuleList) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,12 +49,12 @@ def inputs_of(batch: Any, device: torch.device) -> Inputs:
 
     A row is a token whose next one is scored, so what is predicted always lies one place further on.
     """
-    rows = torch.zeros_like(batch.scored)
-    rows[:, :-1] = batch.scored[:, 1:]
-    places = rows.flatten().nonzero()[:, 0]
-    targets = batch.tokens[:, 1:][batch.scored[:, 1:]]
+    scored = batch.scored.numpy().copy()  # torch would wake a thread on each core for so little
+    scored[:, 0] = False
+    next_ones = torch.from_numpy(np.flatnonzero(scored))
+    targets = torch.from_numpy(batch.tokens.numpy().reshape(-1)[next_ones.numpy()])
     positions = batch.positions
-    made = (batch.tokens, positions, places, targets, boundaries(positions))
+    made = (batch.tokens, positions, next_ones - 1, targets, boundaries(positions))
     return Inputs(*(each.to(device, non_blocking=True) for each in made))
 
 

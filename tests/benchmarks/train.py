@@ -176,10 +176,11 @@ def heal(options: argparse.Namespace) -> None:
         bench = Bench(options, work)
         context = replace(bench.context, shared=bench.work / "scores")
         shape = {"shape": {"intermediate_size": options.ffn}}
-        solved = partial(prune, shape, bench.text, context, bench.base)
+        thorough = {"importance": "greedy", "reconstruct": "submodule"} if options.reconstruct else {}
+        solved = partial(prune, shape | thorough, bench.text, context, bench.base)
         cut = partial(prune, shape | {"compensate": False}, bench.text, context, bench.base)
         folders = {"solved": bench.work / "solved-parent", "cut": bench.work / "cut-parent"}
-        more = {"target": {"sparsity": options.more}, "axes": ["ffn", "heads", "layers"]}
+        more = {"target": {"sparsity": options.more, "of": options.of}, "axes": ["ffn", "heads", "layers"]}
         jobs: dict[str, Callable[[Path], Path]] = {
             "base": lambda _: bench.model,
             f"ffn {options.ffn}, solved": lambda _: solved(folders["solved"]),
@@ -414,6 +415,8 @@ def main() -> None:
     one.set_defaults(part=heal)
     one.add_argument("--ffn", type=int, default=1152)
     one.add_argument("--more", type=float, default=0.4, help="share of the parameters that the last rows remove")
+    one.add_argument("--of", choices=["all", "layers"], default="all", help="what that is a share of")
+    one.add_argument("--reconstruct", action="store_true", help="what is solved, as thoroughly as can be")
     two = parts.add_parser("distill", help="a student of half the size")
     two.set_defaults(part=distill)
     two.add_argument("--draws", type=int, default=64)

@@ -164,6 +164,16 @@ def one_thread() -> Iterator[None]:
 # A step
 
 
+def test_the_teacher_is_asked_once_about_what_each_step_reads(tmp_path: Path) -> None:
+    """Also behind the step before, and where training goes back; never beyond the last step."""
+    run = Run(tmp_path / "run", steps=6, every=2, micro=1, held_out=(), spoil=nan_at(9))  # within step 4
+    asked = []
+    run.loop.teach = lambda places, _: asked.append(*places)  # type: ignore[assignment, func-returns-value]
+    run()
+    first, again = ([place for step in steps for place in run.loop.text.indices(step)] for steps in (range(5), (4, 5)))
+    assert asked == [*first, run.loop.text.indices(5)[0], *again]  # step 5's before step 4 was known to have failed
+
+
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", steps=5)
     progress = run()
@@ -619,7 +629,7 @@ def test_killed_between_any_two_operations_on_files(part: int, again: bool, tmp_
 
 
 def test_seconds_of_earlier_processes_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only the teacher moves: a second for each forward pass."""
+    """A clock that only the model moves: a second for each forward pass."""
     now = 0.0
 
     def second(*_: Any) -> None:
@@ -630,7 +640,7 @@ def test_seconds_of_earlier_processes_are_known(tmp_path: Path, monkeypatch: pyt
 
     def new(folder: str, **settings: Any) -> Run:
         run = Run(tmp_path / folder, steps=6, every=2, held_out=((0, 0),), **settings)
-        run.loop.teach = second  # type: ignore[assignment]
+        run.model.register_forward_pre_hook(second)
         return run
 
     whole = new("whole")()

@@ -139,6 +139,45 @@ def hold() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["small", "layers computed again"])
+def test_one_process_computes_in_16_bits_and_sums_gradients_in_32(again: bool) -> None:
+    stored, low = values(), torch.bfloat16
+    with torch.device("meta"):
+        module = Odd()
+    plain_one = Odd().to(low)
+    plain_one.load_state_dict(stored, strict=False)
+    plain_one.layers[0].requires_grad_(False)
+    with sharded.mesh_of(CPU) as mesh:
+        sharded.set_trained(module, lambda name: not name.startswith("layers.0"), low)
+        sharded.shard(module, module.layers, mesh, low, lambda names: {n: stored[n] for n in names}, CPU, again=again)
+        own = dict(module.named_parameters())
+        for batch in (inputs().to(low), inputs().flip(0).to(low)):
+            out, wanted = module(batch), plain_one(batch)
+            assert out.dtype == low and torch.equal(out, wanted)
+            out.square().sum().backward()
+            wanted.square().sum().backward()
+            assert dict(module.named_parameters()).keys() == own.keys()
+            assert all(each is own[name] for name, each in module.named_parameters())
+            gradients = {name: p.grad for name, p in plain_one.named_parameters() if p.grad is not None}
+            for name, parameter in own.items():
+                if name not in gradients:
+                    assert name.startswith("layers.0") and parameter.dtype == low and parameter.grad is None
+                    continue
+                assert parameter.dtype == parameter.grad.dtype == torch.float32  # type: ignore[union-attr]
+                assert torch.equal(sharded.whole(parameter.grad), gradients[name].float())  # type: ignore[arg-type]
+                assert torch.equal(sharded.whole(parameter), stored[name])
+            module.zero_grad()
+            plain_one.zero_grad()
+        if not again:  # the other way is FSDP's
+            with pytest.raises(RuntimeError):
+                module(torch.zeros(2, 3, dtype=low))
+            assert module.first.weight is module.last.weight is own["first.weight"]
+        for _ in range(2):
+            module(inputs().to(low)).square().sum().backward()
+        plain_one(inputs().to(low)).square().sum().backward()
+        assert torch.equal(sharded.whole(own["first.weight"].grad), 2 * plain_one.first.weight.grad.float())  # type: ignore[arg-type, union-attr]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_parts_gradients_and_tied_weights_are_those_of_the_whole_module(world: int) -> None:
     answers = [plain(hold())] if world == 1 else on_ranks(hold, world)
