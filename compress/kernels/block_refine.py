@@ -1,12 +1,14 @@
 """Coordinate descent on ggml's block grids as two kernels; the twin is `compress.quant.block_refine`.
 
-One sets a sub-block's codes, column by column, and then its multiples; the other a block's d and m. What they change is
-left to the caller to take from H (w - w^) of other columns, as one product. In the column loop a thread owns a row, as
+One sets a sub-block's codes, column by column, and then its multiples; the other a block's d and m. Between them what
+they have changed is taken from H (w - w^) of other columns, as one product. In the column loop a thread owns a row, as
 in `compress.kernels.columns`; all else are tiles. Each step is that of the twin, with sums in another order: where two
 levels are as good as each other within that noise, the other one may be taken.
 
-Shapes: R rows, the fast axis in memory; s sub-blocks; w columns in one; n columns of a block.
+Shapes: R rows, the fast axis in memory; S blocks; s sub-blocks; w columns in one; n columns of a block, or of a span.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,6 +21,67 @@ _ROWS = 32
 _OF_SUB = ["hessian", "pull", "levels", "error", "moved", "fed", "d", "m", "scale", "minimum"]
 _OF_BLOCK = ["levels", "pull", "costs", "against", "error", "moved", "d", "m", "scale", "minimum"]
 _NUMBERS = ["rows", "stride", "lowest", "highest", "least", "most"]
+
+
+class SpanNumbers(NamedTuple):
+    """Some blocks of a matrix under way, all float32.
+
+    Args:
+        levels: [n, R].
+        error: [n, R], w - w^.
+        d: [S, R].
+        m: [S, R].
+        scale: what d is multiplied with, [s, R].
+        minimum: what m is multiplied with, [s, R].
+    """
+
+    levels: Tensor
+    error: Tensor
+    d: Tensor
+    m: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+
+class SpanPull(NamedTuple):
+    """What moves them.
+
+    Args:
+        pull: float32 [n, R]: H (w - w^) of their columns; kept up to date.
+        hessian: float32 [n, n]: H of their columns.
+    """
+
+    pull: Tensor
+    hessian: Tensor
+
+
+def refine_span(kind: BlockType, numbers: SpanNumbers, given: SpanPull) -> None:
+    """Set all numbers of some blocks once, one after the other, each to the best beside all others.
+
+    Args:
+        kind: of the blocks; uniform.
+        numbers: all contiguous; changed.
+        given: contiguous; its `pull` is changed.
+    """
+    levels, error, d, m, scale, minimum = numbers
+    pull, hessian = given
+    sums = hessian.view(len(hessian), -1, kind.sub_width).sum(2)  # over the columns of sub-blocks
+    for block, first in enumerate(range(0, len(pull), kind.width)):
+        part, units = slice(first, first + kind.width), (d[block], m[block])
+        subs = slice(block * kind.sub_blocks, (block + 1) * kind.sub_blocks)
+        for sub in range(subs.start, subs.stop):
+            own = slice(sub * kind.sub_width, (sub + 1) * kind.sub_width)
+            multiples = scale[sub], minimum[sub]
+            moved = set_sub_block(hessian[own, own], pull[own], levels[own], error[own], units, multiples, kind)
+            pull.addmm_(hessian[:, own], moved, alpha=-1)
+        times = scale[subs, None].expand(-1, kind.sub_width, -1).reshape(kind.width, -1)
+        costs = hessian[part, part] @ (levels[part] * times)
+        against = sums[part, subs] @ minimum[subs] if kind.has_min else costs
+        moved = set_units(
+            pull[part], levels[part], error[part], costs, against, units, (scale[subs], minimum[subs]), kind
+        )
+        if part.stop < len(pull):  # or the next span asks for it afresh
+            pull.addmm_(hessian[:, part], moved, alpha=-1)
 
 
 def set_sub_block(

@@ -7,7 +7,7 @@ inside them and columns inside those, so that the file keeps the stored order.
 
 Rows are independent. On a CPU each core walks with some of them, in parts that do not depend on the number of cores.
 
-Shapes: O output rows, I input columns, R rows of a part, s sub-blocks, w columns in one.
+Shapes: O output rows, I input columns, R rows of a part, S blocks, s sub-blocks, w columns in one.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import usable
+from compress.kernels.replayed import DIRECTLY, Replays
 from compress.model.gguf.block_types import BlockType
 from compress.quant.block_scales import (
     Multiples,
@@ -45,14 +46,14 @@ class _Found(NamedTuple):
 
     Args:
         codes: uint8 [I, R].
-        units: of each block, [R].
-        multiples: of each sub-block, [1, R].
+        units: of each block, [S, R].
+        multiples: of each sub-block, [s, R].
         loss: of each row, float32 [R].
     """
 
     codes: Tensor
-    units: Sequence[Units]
-    multiples: Sequence[Multiples]
+    units: Units
+    multiples: Multiples
     loss: Tensor
 
 
@@ -74,7 +75,9 @@ def block_order(importance: Tensor, kind: BlockType, act_order: bool) -> Tensor:
     return order[columns.amax((1, 2)).argsort(descending=True, stable=True)].flatten()
 
 
-def block_gptq(weight: Tensor, factor: Factor, kind: BlockType, clip: Clip) -> tuple[Blocked, Tensor]:
+def block_gptq(
+    weight: Tensor, factor: Factor, kind: BlockType, clip: Clip, replays: Replays = DIRECTLY
+) -> tuple[Blocked, Tensor]:
     """Quantize one matrix with error feedback.
 
     Args:
@@ -82,13 +85,14 @@ def block_gptq(weight: Tensor, factor: Factor, kind: BlockType, clip: Clip) -> t
         factor: of the Hessian of the matrix's inputs, in an order from `block_order`.
         kind: of the blocks, whose width divides I.
         clip: what the search for scales weighs columns by ("none" as "mse": there are no scales without a search).
+        replays: runs the steps of the kernels on a GPU.
 
     Returns:
         The matrix, and each row's loss (w - w^) H (w - w^)^T under the damped Hessian, float32 [O].
     """
     weighs = importance(factor.pivot, clip)
     weighs = torch.ones_like(factor.pivot) if weighs is None else weighs
-    found = _by_rows(weight.float().t()[factor.order], lambda part: _walk(part, factor, kind, weighs))
+    found = _by_rows(weight.float().t()[factor.order], lambda part: _walk(part, factor, kind, weighs, replays))
     return _in_stored_order(found, factor.order, kind), found.loss
 
 
@@ -110,8 +114,8 @@ def block_rtn(weight: Tensor, importance: Tensor, kind: BlockType) -> Blocked:
             found = refit_units(block, cost, found, times, kind)
             codes.append(to_codes(nearest_levels(block, steps_of(found, times), kind).flatten(0, 1), kind))
             units.append(found)
-            multiples += [Multiples(*each) for each in zip(*(number.split(1) for number in times), strict=True)]
-        return _Found(torch.cat(codes), units, multiples, part.new_zeros(part.shape[1]))
+            multiples.append(times)
+        return _Found(torch.cat(codes), *_joined(units, multiples), part.new_zeros(part.shape[1]))
 
     order = torch.arange(weight.shape[1], device=weight.device)
     return _in_stored_order(_by_rows(weight.float().t().contiguous(), rounded), order, kind)
@@ -122,27 +126,27 @@ def _by_rows(work: Tensor, solve: Callable[[Tensor], _Found]) -> _Found:
     if work.device.type != "cpu":
         return solve(work)
     parts = on_cores(lambda part: solve(part.contiguous()), work.chunk(-(-work.shape[1] // _ROWS), 1))
-    units = [
-        Units(*(torch.cat(each) for each in zip(*block, strict=True)))
-        for block in zip(*(p.units for p in parts), strict=True)
-    ]
-    multiples = [
-        Multiples(*(torch.cat(each, 1) for each in zip(*sub, strict=True)))
-        for sub in zip(*(p.multiples for p in parts), strict=True)
-    ]
+    units = Units(*(torch.cat(each, 1) for each in zip(*(p.units for p in parts), strict=True)))
+    multiples = Multiples(*(torch.cat(each, 1) for each in zip(*(p.multiples for p in parts), strict=True)))
     return _Found(torch.cat([p.codes for p in parts], 1), units, multiples, torch.cat([p.loss for p in parts]))
 
 
-def _walk(work: Tensor, factor: Factor, kind: BlockType, importance: Tensor) -> _Found:
+def _joined(units: Sequence[Units], multiples: Sequence[Multiples]) -> tuple[Units, Multiples]:
+    """Units of several blocks, and multiples of their sub-blocks, as one."""
+    return (
+        Units(*(torch.stack(each) for each in zip(*units, strict=True))),
+        Multiples(*(torch.cat(each) for each in zip(*multiples, strict=True))),
+    )
+
+
+def _walk(work: Tensor, factor: Factor, kind: BlockType, importance: Tensor, replays: Replays) -> _Found:
     """Quantize weights [I, R], in the visiting order."""
     if usable(work) and kind.uniform:
-        from compress.kernels.block_solver import solve_blocks  # here, because it imports triton
+        from compress.kernels.block_solver import Search, solve_blocks  # here, because it imports triton
 
-        return _Found(
-            *solve_blocks(
-                work.contiguous(), factor.feedback, factor.pivot, importance, kind, block_units, sub_multiples
-            )
-        )
+        search = Search(kind, block_units, sub_multiples)
+        found = solve_blocks(work.contiguous(), factor.feedback, factor.pivot, importance, search, replays)
+        return _Found(found.codes, Units(found.d, found.m), Multiples(found.scale, found.minimum), found.loss)
     feedback, width = factor.feedback, kind.sub_width
     error, levels = torch.empty_like(work), torch.empty_like(work)
     loss = work.new_zeros(work.shape[1])
@@ -168,7 +172,7 @@ def _walk(work: Tensor, factor: Factor, kind: BlockType, importance: Tensor) -> 
             loss += _quantize_columns(
                 work[sub], target, inside, factor.pivot[sub], steps, kind, levels[sub], error[sub]
             )
-    return _Found(to_codes(levels, kind), units, multiples, loss)
+    return _Found(to_codes(levels, kind), *_joined(units, multiples), loss)
 
 
 def _quantize_columns(
@@ -212,10 +216,8 @@ def _in_stored_order(found: _Found, order: Tensor, kind: BlockType) -> Blocked:
     blocks, subs = (
         order[::width].div(width, rounding_mode="floor").argsort() for width in (kind.width, kind.sub_width)
     )
-    d, m = (torch.stack(each)[blocks].t().contiguous().half() for each in zip(*found.units, strict=True))
-    scales, mins = (
-        torch.cat(each)[subs].t().contiguous().to(torch.int16) for each in zip(*found.multiples, strict=True)
-    )
+    d, m = (each[blocks].t().contiguous().half() for each in found.units)
+    scales, mins = (each[subs].t().contiguous().to(torch.int16) for each in found.multiples)
     scaled = kind.scale_range is not None
     return Blocked(
         type=kind,

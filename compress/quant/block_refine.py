@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import usable
+from compress.kernels.replayed import DIRECTLY, Replays
 from compress.model.gguf.block_types import BlockType
 from compress.quant.block_scales import divisor, half, to_levels_, within
 from compress.quant.blocks import Blocked, level_table, to_codes
@@ -22,7 +23,9 @@ _ROWS = 1024  # of a part
 _TINY = 1e-30
 
 
-def refine(weight: Tensor, found: Blocked, hessian: Tensor, damp: float, rounds: int) -> tuple[Blocked, Tensor]:
+def refine(
+    weight: Tensor, found: Blocked, hessian: Tensor, damp: float, rounds: int, replays: Replays = DIRECTLY
+) -> tuple[Blocked, Tensor]:
     """Lower the loss of a quantized matrix.
 
     Args:
@@ -31,6 +34,7 @@ def refine(weight: Tensor, found: Blocked, hessian: Tensor, damp: float, rounds:
         hessian: float32 [I, I], X^T X of the inputs.
         damp: share of the mean diagonal that is added to the diagonal, a whole one where an input is dead.
         rounds: how often everything is set anew.
+        replays: runs the steps of the kernels on a GPU.
 
     Returns:
         The matrix, and each row's loss under the damped Hessian, float32 [O].
@@ -40,9 +44,9 @@ def refine(weight: Tensor, found: Blocked, hessian: Tensor, damp: float, rounds:
     work = weight.float().t()
     rows = [slice(first, first + _ROWS) for first in range(0, len(weight), _ROWS)]
     if work.device.type == "cpu":
-        parts = on_cores(lambda part: _Descent(work, found, damped, part).run(rounds), rows)
+        parts = on_cores(lambda part: _Descent(work, found, damped, part).run(rounds, replays), rows)
     else:
-        parts = [_Descent(work, found, damped, slice(None)).run(rounds)]
+        parts = [_Descent(work, found, damped, slice(None)).run(rounds, replays)]
     names = ("codes", "d", "m", "scales", "mins")
     joined = {
         name: None if getattr(found, name) is None else torch.cat([getattr(part, name) for part, _ in parts])
@@ -72,18 +76,23 @@ class _Descent:
         self.fused = usable(work) and self.kind.uniform
         if self.fused:
             self.error = self.error.contiguous()
-            self.sums = hessian.view(len(hessian), -1, self.kind.sub_width).sum(2)  # over the columns of sub-blocks
 
-    def run(self, rounds: int) -> tuple[Blocked, Tensor]:
+    def run(self, rounds: int, replays: Replays) -> tuple[Blocked, Tensor]:
         """The rows after so many rounds, and their losses."""
         width = self.kind.sub_width
         for _ in range(rounds):
             for start in range(0, len(self.error), _SPAN):
                 self.start, stop = start, min(start + _SPAN, len(self.error))
                 self.pull = self.hessian[start:stop] @ self.error
+                if self.fused:
+                    self._set_span(slice(start, stop), replays)
+                    continue
                 for block in range(start // self.kind.width, stop // self.kind.width):
                     for sub in range(block * self.kind.sub_blocks, (block + 1) * self.kind.sub_blocks):
-                        self._set_sub_block(slice(sub * width, (sub + 1) * width), block, sub)
+                        part = slice(sub * width, (sub + 1) * width)
+                        self._set_codes(part, block, sub)
+                        if self.kind.scale_range is not None:
+                            self._set_multiples(part, block, sub)
                     self._set_units(slice(block * self.kind.width, (block + 1) * self.kind.width), block)
         loss = (self.error * (self.hessian @ self.error)).sum(0)
         return self._blocked(), loss
@@ -101,17 +110,18 @@ class _Descent:
         """What that does to H (w - w^) in the span."""
         self.pull.addmm_(self.hessian[self.start : self.start + len(self.pull), part], moved, alpha=-1)
 
-    def _set_sub_block(self, part: slice, block: int, sub: int) -> None:
-        if self.fused:
-            from compress.kernels.block_refine import set_sub_block  # here, because it imports triton
+    def _set_span(self, span: slice, replays: Replays) -> None:
+        """All of a span by kernels."""
+        from compress.kernels.block_refine import SpanNumbers, SpanPull, refine_span  # here, because it imports triton
 
-            units, multiples = (self.d[block], self.m[block]), (self.scale[sub], self.minimum[sub])
-            own = (self.hessian[part, part], self._pull(part), self.levels[part], self.error[part])
-            self._answer(part, set_sub_block(*own, units, multiples, self.kind))
-            return
-        self._set_codes(part, block, sub)
-        if self.kind.scale_range is not None:
-            self._set_multiples(part, block, sub)
+        blocks, subs = (
+            slice(span.start // width, span.stop // width) for width in (self.kind.width, self.kind.sub_width)
+        )
+        numbers = SpanNumbers(
+            self.levels[span], self.error[span], self.d[blocks], self.m[blocks], self.scale[subs], self.minimum[subs]
+        )
+        given = SpanPull(self.pull, self.hessian[span, span].contiguous())
+        replays(refine_span, self.kind, numbers, given)
 
     def _set_codes(self, part: slice, block: int, sub: int) -> None:
         step = self.d[block] * self.scale[sub]
@@ -143,15 +153,6 @@ class _Descent:
         inside, pull = self.hessian[part, part], self._pull(part)
         of_d = self.levels[part] * self.scale[subs].repeat_interleave(self.kind.sub_width, 0)
         costs = inside @ of_d
-        if self.fused:
-            from compress.kernels.block_refine import set_units  # here, because it imports triton
-
-            against = self.sums[part, subs] @ self.minimum[subs] if self.kind.has_min else costs
-            units, multiples = (self.d[block], self.m[block]), (self.scale[subs], self.minimum[subs])
-            moved = set_units(pull, self.levels[part], self.error[part], costs, against, units, multiples, self.kind)
-            if part.stop < self.start + len(self.pull):  # or the next span asks for it afresh
-                self._answer(part, moved)
-            return
         dd, towards_d = (costs * of_d).sum(0), (pull * of_d).sum(0)
         if not self.kind.has_min:
             d = half(self.d[block] + torch.where(dd > _TINY, towards_d / dd.clamp(min=_TINY), 0.0))

@@ -3,11 +3,13 @@
     python tests/benchmarks/gguf_solver.py [--device cuda|cpu] [--small] [--no-twin]
 
 Random bf16 weights and correlated inputs. Prints a table for RESULTS.md, milliseconds: `factor` is `factorize`, which
-either solver needs; `walk` is `block_gptq`, `refine` two rounds of refinement, `total` their sum; `W4 g128` is `gptq`
-as it is for compressed-tensors. `first` is the first call of walk and refinement, in which Triton may compile; `memory`
-what that takes beyond its inputs at its peak, GiB. For one shape the plain-torch twins run too: their milliseconds, the
-share of codes that differ, and the ratio of the kernels' losses to theirs. The last line adds up a model of 32 such
-layers as q4_k_m has it (half of the value and down projections are q6_k), each matrix solved by itself.
+either solver needs; `walk` is `block_gptq`, `refine` two rounds of refinement, `total` their sum, as a run has them,
+with CUDA graphs; `launched` is that sum with each kernel launched by itself. `first` is the first call of walk and
+refinement without graphs, in which Triton may compile, `recorded` the first with them. `W4 g128` is `gptq` as it is for
+compressed-tensors; `memory` what the recorded call takes beyond its inputs at its peak, GiB. For one shape the
+plain-torch twins run too: their milliseconds, the share of codes that differ, and the ratio of the kernels' losses to
+theirs. The last line adds up a model of 32 such layers as q4_k_m has it (half of the value and down projections are
+q6_k), each matrix solved by itself.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from compress.kernels.replayed import DIRECTLY, Replays, replays_on
 from compress.model.gguf.block_types import BLOCK_TYPES, BlockType
 from compress.quant import block_gptq, block_refine, block_scales
 from compress.quant.blocks import Blocked
@@ -30,7 +33,10 @@ from compress.quant.statistics import gram
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 KINDS = ("q4_k", "q6_k", "q3_k")
-HEADER = ("type", "shape", "factor", "first", "walk", "refine", "total", "W4 g128", "memory", "twin", "codes", "loss")
+HEADER = (
+    "type", "shape", "factor", "first", "launched", "recorded", "walk", "refine", "total", "W4 g128", "memory", "twin",
+    "codes", "loss",
+)  # fmt: skip
 LAYERS = 32
 
 
@@ -68,9 +74,11 @@ def hessian_of(columns: int, device: torch.device) -> Tensor:
     return hessian
 
 
-def both(weight: Tensor, factor: Factor, hessian: Tensor, kind: BlockType) -> tuple[Blocked, Tensor]:
-    found, _ = block_gptq.block_gptq(weight, factor, kind, "hessian")
-    return block_refine.refine(weight, found, hessian, factor.damp, 2)
+def both(
+    weight: Tensor, factor: Factor, hessian: Tensor, kind: BlockType, replays: Replays = DIRECTLY
+) -> tuple[Blocked, Tensor]:
+    found, _ = block_gptq.block_gptq(weight, factor, kind, "hessian", replays)
+    return block_refine.refine(weight, found, hessian, factor.damp, 2, replays)
 
 
 def beside_the_twin(clock: Clock, solve: Callable[[], tuple[Blocked, Tensor]]) -> list[str]:
@@ -87,22 +95,25 @@ def beside_the_twin(clock: Clock, solve: Callable[[], tuple[Blocked, Tensor]]) -
 
 def measure(
     clock: Clock, kind: BlockType, weight: Tensor, hessian: Tensor, plain: float, twin: bool
-) -> tuple[float, list[str]]:
-    """Milliseconds of walk and refinement, and the cells of a row."""
+) -> tuple[tuple[float, float], list[str]]:
+    """Milliseconds of walk and refinement, replayed and launched, and the cells of a row."""
     factor = factorize(hessian, block_gptq.block_order(hessian.diagonal(), kind, True), 0.01)
     taken = clock.median(lambda: factorize(hessian, factor.order, 0.01))
-    on_gpu, before = weight.device.type == "cuda", 0
+    first = clock.once(lambda: both(weight, factor, hessian, kind))
+    launched = clock.median(lambda: both(weight, factor, hessian, kind))
+    on_gpu, before, replays = weight.device.type == "cuda", 0, replays_on(weight.device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    first = clock.once(lambda: both(weight, factor, hessian, kind))
+    recorded = clock.once(lambda: both(weight, factor, hessian, kind, replays))
     memory = f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}" if on_gpu else ""
-    solved = block_gptq.block_gptq(weight, factor, kind, "hessian")[0]
-    walk = clock.median(lambda: block_gptq.block_gptq(weight, factor, kind, "hessian"))
-    refined = clock.median(lambda: block_refine.refine(weight, solved, hessian, factor.damp, 2))
+    solved = block_gptq.block_gptq(weight, factor, kind, "hessian", replays)[0]
+    walk = clock.median(lambda: block_gptq.block_gptq(weight, factor, kind, "hessian", replays))
+    refined = clock.median(lambda: block_refine.refine(weight, solved, hessian, factor.damp, 2, replays))
     compared = beside_the_twin(clock, lambda: both(weight, factor, hessian, kind)) if twin else ["", "", ""]
-    times = [f"{each:.1f}" for each in (taken, first, walk, refined, walk + refined, plain)]
-    return walk + refined, [kind.name, f"{weight.shape[0]} x {weight.shape[1]}", *times, memory, *compared]
+    times = [f"{each:.1f}" for each in (taken, first, launched, recorded, walk, refined, walk + refined, plain)]
+    shape = f"{weight.shape[0]} x {weight.shape[1]}"
+    return (walk + refined, launched), [kind.name, shape, *times, memory, *compared]
 
 
 def summed(times: dict[tuple[str, tuple[int, int]], float], shapes: tuple[tuple[int, int], ...]) -> float:
@@ -127,7 +138,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}; milliseconds, memory in GiB\n")
     print("|", " | ".join(HEADER), "|")
     print("| --- " * len(HEADER) + "|")
-    times: dict[tuple[str, tuple[int, int]], float] = {}
+    times: tuple[dict[tuple[str, tuple[int, int]], float], ...] = ({}, {})  # replayed, launched
     usual = dict.fromkeys(shapes, 0.0)
     for columns in sorted({shape[1] for shape in shapes}):
         hessian = hessian_of(columns, device)
@@ -140,10 +151,12 @@ def main() -> None:
             usual[shape] = clock.median(partial(gptq, weight, factor, grid, "hessian"))
             for kind in KINDS:
                 twin = shape == shapes[0] and device.type == "cuda" and not options.no_twin
-                times[kind, shape], cells = measure(clock, BLOCK_TYPES[kind], weight, hessian, usual[shape], twin)
+                found, cells = measure(clock, BLOCK_TYPES[kind], weight, hessian, usual[shape], twin)
+                times[0][kind, shape], times[1][kind, shape] = found
                 print("|", " | ".join(cells), "|", flush=True)
     square, few, wide, tall = (usual[shape] for shape in shapes)
-    print(f"\n{LAYERS} layers as q4_k_m: walk and refinement {summed(times, shapes):.1f} s; ", end="")
+    replayed, launched = (summed(each, shapes) for each in times)
+    print(f"\n{LAYERS} layers as q4_k_m: walk and refinement {replayed:.1f} s, launched {launched:.1f} s; ", end="")
     print(f"W4 g128 {LAYERS * (2 * square + 2 * few + 2 * wide + tall) / 1e3:.1f} s")
 
 

@@ -16,6 +16,7 @@ from compress.errors import RecipeError
 from compress.formats.base import DTYPES, AnyGrid, AnyQuantized
 from compress.formats.facts import measured_bits
 from compress.formats.table import FORMATS
+from compress.kernels.replayed import replays_on
 from compress.loop.activations import Activations
 from compress.loop.attention import received_attention
 from compress.loop.context import Context
@@ -133,7 +134,8 @@ class _Quantization(LayerTransform):
         )
         if problems:
             raise RecipeError([f"stages: {problem}" for problem in problems])
-        self.solver = Solver(spec, self.grids, 0 if context.tokens is None else context.tokens.count)
+        tokens = 0 if context.tokens is None else context.tokens.count
+        self.solver = Solver(spec, self.grids, tokens, replays_on(context.device))
         models = 2 if self.solver.correction else 1
         self.stream = LayerStream(parent, context.device, context.dtype, context.trust_remote_code, self._room(models))
         self.reference: ReferenceModel | None = None

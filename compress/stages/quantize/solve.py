@@ -16,6 +16,7 @@ from torch import Tensor
 from compress import records
 from compress.errors import NumericalError, RecipeError
 from compress.formats.base import AnyGrid, AnyQuantized
+from compress.kernels.replayed import DIRECTLY, Replays
 from compress.loop.finite import all_finite
 from compress.model.gguf.block_types import BlockType
 from compress.model.shapes import LAYER
@@ -129,14 +130,17 @@ class Solver:
         spec: the stage.
         grids: of its matrices, by name.
         tokens: that a Hessian is of, in all processes.
+        replays: runs the steps of solvers on a GPU; what it keeps for that is free when the solver is.
 
     Attributes:
         correction: share of the propagated error that weights are moved to make good; 0 where the spec has none.
         pattern: of the zeros that matrices inside the layers get; None where the spec has none.
     """
 
-    def __init__(self, spec: QuantizeStage, grids: Mapping[str, AnyGrid], tokens: int = 0) -> None:
-        self.spec, self.grids, self.tokens = spec, grids, tokens
+    def __init__(
+        self, spec: QuantizeStage, grids: Mapping[str, AnyGrid], tokens: int = 0, replays: Replays = DIRECTLY
+    ) -> None:
+        self.spec, self.grids, self.tokens, self.replays = spec, grids, tokens, replays
         self.correction = spec.correction if isinstance(spec, WeightStage) else 0.0
         self.pattern = spec.pattern if isinstance(spec, WeightOnlyStage) else None
 
@@ -198,10 +202,10 @@ class Solver:
         if plan.factor is None or hessian is None:
             assert plan.importance is not None, "no recipe leaves blocks without a search"
             return block_rtn(weight, plan.importance, kind), None
-        found, loss = block_gptq(weight, plan.factor, kind, plan.clip)
+        found, loss = block_gptq(weight, plan.factor, kind, plan.clip, self.replays)
         if is_few(self.tokens, len(hessian)):
             return found, loss
-        return refine(weight, found, hessian, plan.factor.damp, _REFINED)
+        return refine(weight, found, hessian, plan.factor.damp, _REFINED, self.replays)
 
     def _mask(self, weight: Tensor, hessian: Tensor | None, names: Sequence[str]) -> Mask | None:
         """Which weights become zero where a pattern is wanted: in matrices inside the layers.
