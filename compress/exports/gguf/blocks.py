@@ -19,11 +19,10 @@ def as_blocks(matrix: AnyQuantized, order: Tensor | None = None) -> Blocked | No
     """The matrix on a grid of ggml; None where its codes or its scales lie on none.
 
     Args:
-        matrix: codes [O, I], scales and zero points [O, G]; or on such a grid already.
+        matrix: codes [O, I], scales and zero points [O, G].
         order: its rows, as indices [O].
     """
-    if isinstance(matrix, Blocked):
-        return matrix if order is None else _ordered(matrix, order)
+    assert not isinstance(matrix, Blocked), "its bytes are there as they are"
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     middle = grid.symmetric or bool((matrix.zero == grid.middle).all())  # gptq stores zero points either way
     groups = matrix.scale.shape[1]

@@ -28,8 +28,9 @@ from compress.exports.gguf.config import Header
 from compress.exports.refused import ROUNDS_INPUTS
 from compress.formats.dequantized import DequantizedCheckpoint
 from compress.formats.ggml import pack
+from compress.formats.gguf import PARTS
 from compress.model.checkpoint import Checkpoint
-from compress.model.gguf.block_types import BLOCK_TYPES
+from compress.model.gguf.block_types import BLOCK_TYPES, BlockType
 
 _BLOCK = 32  # columns of a block of Q8_0
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -138,13 +139,19 @@ class Tensors:
             raise self._error(f"{source} has shape {list(stored)}, config.json says {list(shape)}; get both together")
         if len(shape) == 1:
             return Entry(name, source, shape, GGMLQuantizationType.F32)
-        if carry and module in self.view.grids:
-            blocked = as_blocks(self.view.quantized(module))
-            if blocked is not None:
-                return Entry(name, source, shape, GGMLQuantizationType(blocked.type.number), blocked.type.name)
+        if carry and module in self.view.grids and (block := self._block_type(module)) is not None:
+            return Entry(name, source, shape, GGMLQuantizationType(block.number), block.name)
         if kind == "Q8_0" and shape[1] % _BLOCK:
             kind = "F16"
         return Entry(name, source, shape, GGMLQuantizationType[kind])
+
+    def _block_type(self, module: str) -> BlockType | None:
+        """The grid of ggml on which a quantized module's codes lie; None where they lie on none."""
+        grid = self.view.grids[module]
+        if isinstance(grid, BlockType):
+            return grid
+        blocked = as_blocks(self.view.quantized(module))
+        return None if blocked is None else blocked.type
 
     def _names(self) -> Any:
         architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.header.target.architecture)
@@ -159,7 +166,11 @@ class Tensors:
         if not entry.source:
             return np.array(self.header.factors[entry.name], np.float32)
         if entry.carried is not None:
-            blocked = as_blocks(self.view.quantized(entry.source.removesuffix(".weight")), self._order(entry))
+            module, order = entry.source.removesuffix(".weight"), self._order(entry)
+            if isinstance(self.view.grids[module], BlockType):  # the bytes are there
+                (packed,) = self.checkpoint.load([f"{module}.{part}" for part in PARTS]).values()
+                return (packed if order is None else packed[order]).numpy()
+            blocked = as_blocks(self.view.quantized(module), order)
             assert blocked is not None and blocked.type == BLOCK_TYPES[entry.carried]
             return pack(blocked).numpy()
         values = self.view.load([entry.source])[entry.source]
