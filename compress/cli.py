@@ -153,11 +153,12 @@ def run(
     if dry_run:
         _print_plan(loaded, work, reporter, device, _bytes(max_memory))
         return
+    from compress.evaluation.stock import loader_ahead
     from compress.report.write import export_lines, served_line, speed_words, summary_table, tasks_line
 
-    report = compress.run(
-        loaded, device=device, work_dir=work, fresh=fresh, max_memory=_bytes(max_memory), reporter=reporter
-    )
+    limit = _bytes(max_memory)
+    with loader_ahead(device, limit):  # before what a run imports, which takes as long as the loader does to be ready
+        report = compress.run(loaded, device=device, work_dir=work, fresh=fresh, max_memory=limit, reporter=reporter)
     if report is None:
         return
     print_table(("", "base", "compressed", "change"), summary_table(report))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from inspect import signature
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.data.guard import render
-from compress.system.distributed import alone
+from compress.system.distributed import alone, rank
 from compress.system.machine import waited
 from compress.system.memory import resident
 
@@ -152,6 +152,22 @@ def kept_ready() -> Iterator[None]:
         for loader in _kept:
             loader.close()
         _kept = None
+
+
+def loader_ahead(device: str, max_memory: int | None) -> AbstractContextManager[None]:
+    """Inside, a loader is kept ready where there is a GPU, beside which the processor has time for it.
+
+    Args:
+        device: as for `pick_device`.
+        max_memory: likewise.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    from compress.system.compute import pick_device  # here, because it imports torch
+
+    wanted = rank() == 0 and device != "cpu" and pick_device(device, max_memory).type == "cuda"
+    return kept_ready() if wanted else nullcontext()
 
 
 def start_anew() -> None:

@@ -6,7 +6,7 @@ does anything twice. The output folder appears by one rename, with the checkpoin
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from compress.data.calibration import TokenSet, load_calibration
 from compress.errors import OutputError, RecipeError, UserError
 from compress.evaluation.base import check_base
 from compress.evaluation.served import find_engine
-from compress.evaluation.stock import kept_ready, start_anew
+from compress.evaluation.stock import loader_ahead, start_anew
 from compress.evaluation.tasks.ask import Scores
 from compress.evaluation.tasks.compared import base_scores
 from compress.evaluation.verify import probe_of, probe_tokens
@@ -107,7 +107,7 @@ def run(
         raise RecipeError([f"{recipe.name}: has a sweep, which gives many results; use dscompress sweep"])
     work = None if work_dir is None else Path(work_dir).absolute()
     job = _Job(recipe, device, work, fresh, max_memory, reporter or Reporter())
-    with job.in_its_place(), fitting(), job.loader_ahead(), ExitStack() as kept:
+    with job.in_its_place(), fitting(), loader_ahead(device, max_memory), ExitStack() as kept:
         job.prepare(kept)
         parent, parent_id = job.base, job.base_id
         stages = []
@@ -240,12 +240,6 @@ class _Job:
         spec, stock = self.recipe.evaluate, self.planned.stages[-1].generates
         assert spec is not None
         return base_scores(self.base, self.base_id, spec, self.context, answers(self.cache), self.fresh, stock)
-
-    def loader_ahead(self) -> AbstractContextManager[None]:
-        """Beside a GPU the processor has time to get the stock loader ready, for the base and for the result."""
-        if distributed.rank() == 0 and pick_device(self.device, self.max_memory).type == "cuda":
-            return kept_ready()
-        return nullcontext()
 
     def find(
         self, spec: StageSpec, parent: Checkpoint, parent_id: str, kept: ExitStack
