@@ -93,6 +93,7 @@ def forecast(load: Load, shapes: Shapes, place: Place, output: int, disk: int, a
         memory += max(work, ends) + (_STARTS if tokens else 0)
     else:
         gpu = max(work, ends)
+        memory = max(memory, LIBRARIES["cuda"])  # CUDA's own come with the first kernels
         memory += 2 * max(largest_layer(shapes)[0], outside) + (0 if there else sum(between))
     return Forecast(output_bytes=output, about=about, memory_bytes=memory, gpu_memory_bytes=gpu, disk_bytes=disk)
 

@@ -53,9 +53,15 @@ def forecast(model: Headers, spec: dict[str, Any], samples: int, place: Place) -
     return found.forecast
 
 
-@pytest.mark.parametrize(("model", "measured"), [(LLAMA, 3.87e9), (SMOL, 2.19e9)])
-def test_the_hosts_memory_beside_a_gpu_is_foreseen_within_15_percent(model: Headers, measured: float) -> None:
-    found = forecast(model, CORRECTED, 128, Place("cuda", 2, None)).memory_bytes
+@pytest.mark.parametrize(
+    ("model", "held", "measured"),
+    [(LLAMA, None, 3.87e9), (SMOL, None, 2.19e9), (SMOL, 1_230_000_000, 2.21e9), (SMOL, 1_760_000_000, 2.31e9)],
+)
+def test_the_hosts_memory_beside_a_gpu_is_foreseen_within_15_percent(
+    model: Headers, held: int | None, measured: float
+) -> None:
+    """What CUDA's libraries take comes with the first kernels, and is not held by a process that has just begun."""
+    found = forecast(model, CORRECTED, 128, Place("cuda", 2, None, held)).memory_bytes
     assert found is not None and abs(found / measured - 1) <= 0.15
 
 
