@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
+from compress import __version__
 from compress.errors import ModelError, OutputError
 from compress.exports.gguf.config import header_of
 from compress.exports.gguf.tensors import Tensors
@@ -147,7 +147,7 @@ def _general(folder: Path, file_type: int) -> dict[str, Any]:
         "general.type": "model",
         "general.file_type": file_type,
         "general.quantization_version": GGML_QUANT_VERSION,
-        _MARK: version("dscompress"),
+        _MARK: __version__,
     }
     if licence := _licence(folder):
         keys["general.license"] = licence
