@@ -13,6 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 # Two threads wherever the tests run: small matrices gain nothing from more, and sums are split the same way.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# ... that sleep while they wait for each other. Those that spin take the processor from whom they wait for where others
+# are at work too, as in `make test`: once, on two busy cores, four times the processor time and twice the clock's.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FINISHED_RECIPE = """\
 name: finished
@@ -26,12 +29,23 @@ output: replaced-by-output
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _stock_base_here() -> Iterator[None]:
-    """Every run compares its base with stock transformers; tests ask it in their own process."""
+def _stock_here() -> Iterator[None]:
+    """Every run compares its base and its result with stock transformers; tests ask it in their own process."""
     with pytest.MonkeyPatch.context() as patch:
         from stock_here import asked_here  # here, so that the environment is set before anything is imported
 
         patch.setattr("compress.evaluation.base.asked", asked_here)
+        patch.setattr("compress.evaluation.verify.asked", asked_here)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stock_process() -> Iterator[None]:
+    """Results are opened by stock transformers in a process of its own, as users' are."""
+    with pytest.MonkeyPatch.context() as patch:
+        from compress.evaluation import stock  # likewise
+
+        patch.setattr("compress.evaluation.verify.asked", stock.asked)
         yield
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import yaml
 from command import invoke
 from finished import FinishedRun
+from random_models import two_wide_layers
 from safetensors import deserialize, safe_open
-from stock_here import asked_here
 
 from compress import __version__
+from compress.evaluation import stock
 from compress.recipe.load import list_recipes, recipe_text
 from compress.recipe.schema import bundled_dir
 from compress.records import Quality, Report, read_record
@@ -146,19 +148,27 @@ def test_dry_run_writes_nothing(finished_run: FinishedRun, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model."""
+    folder = tmp_path_factory.mktemp("small")
+    two_wide_layers(folder / "model")
+    return folder
+
+
 @pytest.mark.parametrize("name", RUN_HERE)
-def test_bundled_recipes_run(
-    name: str, finished_run: FinishedRun, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundled_recipes_run(name: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("compress.evaluation.speed._ROUNDS", 1)
-    if name != "quickstart":  # which asks the stock loader in its process
-        monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
+    if name == "quickstart":  # asks the stock loader in its process
+        monkeypatch.setattr("compress.evaluation.verify.asked", stock.asked)
     smaller = ["calibration.samples=4", "calibration.sequence_length=128"]
     smaller += ["evaluate.sequence_length=128", "evaluate.windows=2", "evaluate.prompts=[]"]
     smaller += ["export=[]"]  # tests/clients has the programs
     options = [option for value in smaller for option in ("--set", value)]
-    succeed("run", name, "--model", tiny_model, "--work-dir", finished_run.work, *options)  # shares the base's figures
+    model, work = small / "model", small / "work"
+    with stock.kept_ready() if name == "cpu_int8" else nullcontext():  # measures two models
+        succeed("run", name, "--model", model, "--work-dir", work, *options)  # shares the base's figures
     recipe = yaml.safe_load((bundled_dir("recipes") / f"{name}.yaml").read_text())
     report = Report.model_validate_json((tmp_path / recipe["output"] / "report.json").read_text())
     assert report.verified is not None and report.verified.passed

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stock_here import asked_here
-
-from compress.evaluation import base, verify
+from random_models import make_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "small", intermediate_size=128, max_position_embeddings=512)
 
 
 @pytest.fixture
@@ -21,8 +24,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def script(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        for module in (base, verify):  # the stock loader in this process: another one takes seconds to start
-            monkeypatch.setattr(module, "asked", asked_here)
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         return capsys.readouterr().out
 
@@ -45,26 +46,26 @@ def test_all_are_run_here() -> None:
     assert set(EXAMPLES) == {"eight_billion.py", "own_chats.py", "python_api.py", "walk.py"}
 
 
-def test_python_api(run: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
-    printed = run("python_api.py", tiny_model, tmp_path / "out")
+def test_python_api(run: Callable[..., str], tmp_path: Path, model: Path) -> None:
+    printed = run("python_api.py", model, tmp_path / "out")
     assert "KL divergence" in printed and "perplexity" in printed and "stock loader: " in printed
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_own_chats(run: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
-    printed = run("own_chats.py", tiny_model, chats(tmp_path / "chats.jsonl"), tmp_path / "out")
+def test_own_chats(run: Callable[..., str], tmp_path: Path, model: Path) -> None:
+    printed = run("own_chats.py", model, chats(tmp_path / "chats.jsonl"), tmp_path / "out")
     assert "calibrated on " in printed and " x 512 tokens of chats.jsonl" in printed
 
 
-def test_eight_billion(run: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
+def test_eight_billion(run: Callable[..., str], tmp_path: Path, model: Path) -> None:
     small = ["calibration.samples=8", "calibration.sequence_length=128", "stages.0.group_size=64"]
     small += ["evaluate={sequence_length: 128, windows: 2}"]
-    printed = run("eight_billion.py", tiny_model, tmp_path / "out", *small)
+    printed = run("eight_billion.py", model, tmp_path / "out", *small)
     assert "largest logit difference 0.0" in printed
 
 
-def test_walk(run: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
-    printed = run("walk.py", tiny_model, tmp_path)
+def test_walk(run: Callable[..., str], tmp_path: Path, model: Path) -> None:
+    printed = run("walk.py", model, tmp_path)
     sizes = [line for line in printed.splitlines() if "times smaller" in line]
     assert [line.split(":")[0].strip() for line in sizes] == ["rounded", "gptq", "int8"]
     assert "between the two: KL " in printed

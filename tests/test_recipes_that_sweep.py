@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import invoke
-from stock_here import asked_here
+from random_models import two_wide_layers
 from workers_here import Here
 
 from compress.recipe.schema import bundled_dir
@@ -27,16 +27,20 @@ def test_all_are_run_here() -> None:
     assert sweeping == RECIPES.keys()
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_wide_layers(tmp_path_factory.mktemp("models") / "small")
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_runs(name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     over, points = RECIPES[name]
     options = [f"calibration={TEXT}", "evaluate.sequence_length=64", "evaluate.windows=2", "evaluate.prompts=[]"]
     arguments = [each for option in options for each in ("--set", option)]
     arguments += [each for option in over for each in ("--over", option)]
-    result = invoke("sweep", name, "--model", tiny_model, "--device", "cpu", *arguments)
+    result = invoke("sweep", name, "--model", model, "--device", "cpu", *arguments)
     assert result.exit_code == 0, result.stderr
     sweep = read_sweep(tmp_path / "outputs" / name)
     assert sweep is not None

@@ -4,12 +4,15 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from command import invoke
 from tasks_here import answer_here
+
+from compress.evaluation.tasks import names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that lm-eval brings
 FILES = Path(__file__).parent.parent / "data" / "tasks"
@@ -21,6 +24,14 @@ stages:
 evaluate: {{sequence_length: 64, windows: 2, prompts: [], tasks: [endings, last_words], task_files: {FILES}, limit: 6}}
 output: OUTPUT
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _names_read_once() -> Iterator[None]:
+    """lm-eval reads thousands of files to tell its names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "_lm_eval_names", cache(names._lm_eval_names))
+        yield
 
 
 @pytest.fixture(autouse=True)

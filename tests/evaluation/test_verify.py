@@ -22,13 +22,14 @@ from compress.runs.runner import run
 from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
 
+pytestmark = pytest.mark.usefixtures("stock_process")
 CPU = torch.device("cpu")
 TOKENS = random_tokens(1, 24, 2)[0]
 Finished = tuple[Path, Path, Report]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, stock_process: None) -> Finished:
     """A run of a recipe, without evaluation: the parent, the output, the report."""
     folder = tmp_path_factory.mktemp("run")
     parent = make_model(folder / "model", intermediate_size=128, attention_bias=True, shard="200KB")

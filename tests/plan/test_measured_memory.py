@@ -18,9 +18,9 @@ from compress.footprint.subject import open_subject
 BF16 = next(precision for precision in PRECISIONS if precision.name == "bf16")
 TOKENS = 1024
 MODELS = {
-    "qwen2": {"vocab_size": 24000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 10,
+    "qwen2": {"vocab_size": 24000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6,
               "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "llama": {"vocab_size": 64000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10,
+    "llama": {"vocab_size": 64000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6,
               "num_attention_heads": 12, "num_key_value_heads": 12, "tie_word_embeddings": True},
 }  # fmt: skip
 

@@ -9,10 +9,8 @@ import pytest
 from command import invoke
 from random_models import make_model
 from safetensors import safe_open
-from stock_here import asked_here
 
 import compress
-from compress.evaluation import verify
 from compress.footprint.precisions import _BLOCKS, PRECISIONS, Precision, Weights, weights_of
 from compress.footprint.subject import open_subject
 from compress.system.units import size
@@ -48,10 +46,7 @@ def dry_run(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bytes_are_those_that_a_run_writes(
-    name: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify, "asked", asked_here)  # another process takes seconds to start
+def test_bytes_are_those_that_a_run_writes(name: str, tmp_path: Path, tiny_model: Path) -> None:
     file = recipe(tmp_path / "r.yaml", tiny_model, STAGES[name])
     found = made(tiny_model, name)
     assert found.file_bytes is not None

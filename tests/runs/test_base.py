@@ -10,7 +10,6 @@ import stored as forms
 import torch
 from command import Result, invoke
 from random_models import load_stock
-from stock_here import asked_here
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +28,6 @@ stages:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets.\n" * 60)
     (tmp_path / "recipe.yaml").write_text(RECIPE)

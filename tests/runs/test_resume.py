@@ -12,6 +12,7 @@ import killable
 import pytest
 from command import invoke
 from killable import Moment
+from random_models import make_model
 from safetensors import deserialize
 
 from compress.recipe.schema import bundled_dir
@@ -48,8 +49,14 @@ def prepare(folder: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Whole:
-    folder = prepare(tmp_path_factory.mktemp("whole"), tiny_model)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many layers, and little in each."""
+    return make_model(tmp_path_factory.mktemp("models") / "six", num_hidden_layers=6, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Whole:
+    folder = prepare(tmp_path_factory.mktemp("whole"), model)
     assert killable.run(["--version"], folder).code == 0  # starts the server: the next one's time is a run's alone
     start = time.monotonic()
     ended = killable.run(RUN, folder)
@@ -58,8 +65,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Whole:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_model: Path) -> Path:
-    return prepare(tmp_path, tiny_model)
+def folder(tmp_path: Path, model: Path) -> Path:
+    return prepare(tmp_path, model)
 
 
 def stage(folder: Path) -> dict[str, Any]:
@@ -190,13 +197,13 @@ def test_killed_in_the_evaluation(folder: Path, whole: Whole) -> None:
     assert continued == uninterrupted
 
 
-def test_a_static_8_bit_run_continues(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_static_8_bit_run_continues(tmp_path: Path, model: Path) -> None:
     """Scales of inputs and of the cache, and folded norms, are taken up again."""
     stage = "{kind: quantize, method: static, dtype: fp8, smooth: 0.5, kv_cache: fp8}"
     written = []
     for name, moments in (("whole", []), ("killed", [r"layer-00002\.tmp$", r"layer-00004\.tmp$", r"outer\.tmp$"])):
         (tmp_path / name).mkdir()
-        folder = prepare(tmp_path / name, tiny_model)
+        folder = prepare(tmp_path / name, model)
         recipe = (folder / "recipe.yaml").read_text()
         (folder / "recipe.yaml").write_text(recipe.replace("{kind: quantize, group_size: 64, format: gptq}", stage))
         for path in moments:
@@ -210,19 +217,19 @@ def test_a_static_8_bit_run_continues(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def prepare_pruning(folder: Path, model: Path) -> Path:
-    """The recipe with 512 of 768 channels left before it quantizes."""
+    """The recipe with 64 of 128 channels left before it quantizes."""
     folder.mkdir()
     prepare(folder, model)
     recipe = (folder / "recipe.yaml").read_text()
-    pruning = "stages:\n  - {kind: prune, shape: {intermediate_size: 512}, importance: greedy}\n"
+    pruning = "stages:\n  - {kind: prune, shape: {intermediate_size: 64}, importance: greedy}\n"
     (folder / "recipe.yaml").write_text(recipe.replace("stages:\n", pruning))
     return folder
 
 
-def test_pruning_and_quantizing_killed_again_and_again(tmp_path: Path, tiny_model: Path) -> None:
-    uninterrupted = prepare_pruning(tmp_path / "whole", tiny_model)
+def test_pruning_and_quantizing_killed_again_and_again(tmp_path: Path, model: Path) -> None:
+    uninterrupted = prepare_pruning(tmp_path / "whole", model)
     assert killable.run(RUN, uninterrupted).code == 0
-    folder = prepare_pruning(tmp_path / "killed", tiny_model)
+    folder = prepare_pruning(tmp_path / "killed", model)
     moments = [
         Moment("os.rename", r"/scores/.*/layer-00002\.tmp -> "),  # channels of three layers are ranked
         Moment("os.rename", r"/stages/.*/layer-00001\.tmp -> "),  # one layer is pruned
@@ -238,11 +245,11 @@ def test_pruning_and_quantizing_killed_again_and_again(tmp_path: Path, tiny_mode
     finish(folder, Whole(uninterrupted / "out", 0))
     report = json.loads((folder / "out" / "report.json").read_text())
     assert [(stage["kind"], stage["resumed_layers"]) for stage in report["stages"]] == [("prune", 6), ("quantize", 3)]
-    assert json.loads((folder / "out" / "config.json").read_text())["intermediate_size"] == 512
+    assert json.loads((folder / "out" / "config.json").read_text())["intermediate_size"] == 64
 
 
-def test_fresh_ranks_channels_anew(tmp_path: Path, tiny_model: Path) -> None:
-    folder, printed = prepare_pruning(tmp_path / "run", tiny_model), []
+def test_fresh_ranks_channels_anew(tmp_path: Path, model: Path) -> None:
+    folder, printed = prepare_pruning(tmp_path / "run", model), []
     for arguments in (RUN, [*RUN, "--fresh"]):
         ended = killable.run(arguments, folder, Moment("os.rename", r"/stages/.*/layer-00000\.tmp -> "))
         assert ended.code == KILLED

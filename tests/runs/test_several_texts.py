@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from command import invoke
 from random_models import make_model
-from stock_here import asked_here
 
 from compress.records import Report
 
@@ -20,7 +19,6 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     monkeypatch.chdir(tmp_path)
     for name, text in TEXTS.items():
         (tmp_path / name).write_text(text)

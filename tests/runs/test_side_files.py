@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from command import invoke
 from random_models import make_model
-from stock_here import ask_here, asked_here
+from stock_here import ask_here
 from transformers import AutoTokenizer
 
 from compress.evaluation.stock import Request
@@ -27,7 +27,6 @@ MORE = "additional_chat_templates"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The library stood at the corner of two quiet streets.\n" * 60)
     (tmp_path / "recipe.yaml").write_text(RECIPE)

@@ -13,7 +13,6 @@ import torch
 from command import invoke
 from finished import FinishedRun
 from small_model import write_model
-from stock_here import asked_here
 from tracker_here import Package
 from trained import context, log_of, spec, train, trained, write_text
 
@@ -118,11 +117,8 @@ def test_stages_that_train_log_to_the_recipes_tracker_unless_they_name_one(
     assert sum("loss" in values[0] for name, *values in asked.asked if name == "log") == 2
 
 
-def test_each_stage_that_trains_is_a_run_of_its_own_and_the_report_another(
-    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_stage_that_trains_is_a_run_of_its_own_and_the_report_another(tmp_path: Path, package: Package) -> None:
     """So that a second stage, which begins at step 0 again, hides nothing of the first."""
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     stage = {
         "kind": "finetune", "data": {"source": str(write_text(tmp_path / "text.jsonl")), "sequence_length": 32},
         "batch_size": 2, "held_out": 2, "tokens": 128, "learning_rate": 1e-3,

@@ -3,24 +3,24 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from desk import RECIPE, TEXT
 from random_models import load_stock, make_model
+from with_scale import Commands
 
-SUPPORT = Path(__file__).parent.parent / "support"
 STAGE = "stages:\n  - kind: quantize\n    group_size: 32\n"
 
 
-def dscompress(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SUPPORT / "with_scale.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def dscompress(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    commands = Commands(tmp_path_factory.mktemp("printed"))
+    yield commands
+    commands.close()
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def write(folder: Path, *stages: str, **more: str) -> None:
     (folder / "recipe.yaml").write_text(text.replace("evaluate: false", more.get("evaluate", "evaluate: false")))
 
 
-def test_it_runs_is_reported_and_found_again(folder: Path) -> None:
+def test_it_runs_is_reported_and_found_again(folder: Path, dscompress: Commands) -> None:
     evaluate = "evaluate: {text: text.txt, sequence_length: 16, windows: 2, prompts: []}"
     write(folder, "{kind: scale, factor: 2}", evaluate=evaluate)
     ran = dscompress(folder, "run", "recipe.yaml", "--device", "cpu")
@@ -57,7 +57,7 @@ def test_it_runs_is_reported_and_found_again(folder: Path) -> None:
     assert again.returncode == 0 and "scale: finished before" in again.stderr
 
 
-def test_the_stage_behind_it_is_planned_on_what_it_leaves(folder: Path) -> None:
+def test_the_stage_behind_it_is_planned_on_what_it_leaves(folder: Path, dscompress: Commands) -> None:
     write(folder, "{kind: scale, factor: 2, width: 96}", "{kind: quantize, group_size: 64}")
     for command in ("validate", "run"):
         refused = dscompress(folder, command, "recipe.yaml")
@@ -109,26 +109,24 @@ def test_the_stage_behind_it_is_planned_on_what_it_leaves(folder: Path) -> None:
         ),
     ],
 )
-def test_it_is_refused_in_its_own_words(folder: Path, stages: list[str], lines: list[str]) -> None:
+def test_it_is_refused_in_its_own_words(
+    folder: Path, dscompress: Commands, stages: list[str], lines: list[str]
+) -> None:
     write(folder, *stages)
     refused = dscompress(folder, "validate", "recipe.yaml")
     assert (refused.returncode, refused.stderr.splitlines()) == (2, [f"error: {line}" for line in lines])
 
 
-def test_it_goes_on_where_it_was_killed(folder: Path) -> None:
+def test_it_goes_on_where_it_was_killed(folder: Path, dscompress: Commands) -> None:
     write(folder, "{kind: scale, factor: 2, width: 96}")
     whole = dscompress(folder, "run", "recipe.yaml", "--device", "cpu", "--output", "whole", "--work-dir", "other")
     assert whole.returncode == 0, whole.stderr
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(SUPPORT / "with_scale.py"), "run", "recipe.yaml", "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+    process = dscompress.begin(folder, "run", "recipe.yaml", "--device", "cpu")
     while not list(folder.glob(".dscompress/stages/*.part/layer-00000.safetensors")):
-        assert process.poll() is None
+        os.kill(process, 0)  # it is there
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if (folder / "out").exists():
-        pytest.fail("it was over before it could be killed")
+    os.kill(process, signal.SIGKILL)
+    assert dscompress.end().returncode == -signal.SIGKILL and not (folder / "out").exists()
     continued = dscompress(folder, "run", "recipe.yaml", "--device", "cpu")
     assert continued.returncode == 0, continued.stderr
     one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "out"))

@@ -25,6 +25,11 @@ CONTEXT.set_forkserver_preload(
         "compress.report.write",
         "compress.runs.runner",
         "compress.stages.quantize.run",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.figure",
+        "transformers.convert_slow_tokenizer",
+        "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
     ]
 )
@@ -107,9 +112,9 @@ def _work(
     environment: dict[str, str],
 ) -> None:
     from compress.cli import main
-    from compress.evaluation import base
+    from compress.evaluation import base, verify
 
-    base.asked = asked_here
+    base.asked = verify.asked = asked_here
     os.environ.update(environment)
     gc.freeze()  # what was imported before the fork never needs to be looked through
     os.chdir(folder)

@@ -47,6 +47,12 @@ def make_model(
     return folder
 
 
+def two_wide_layers(folder: Path) -> Path:
+    """A Llama as wide as the trained one, and as bundled recipes need at least."""
+    wide = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 256}
+    return make_model(folder, hidden_size=256, intermediate_size=768, **wide)
+
+
 def load_stock(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model, opened by transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)

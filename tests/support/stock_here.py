@@ -1,8 +1,10 @@
 """What asks stock transformers, in this process and not in one of its own, which takes seconds to start."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from pathlib import Path
 
 import torch
 
@@ -42,3 +44,25 @@ def ask_here(request: Request) -> Answer:
 
 
 asked_here = answering(ask_here)
+
+_WITHIN = """\
+import os, sys
+
+if {where}:
+    from stock_here import asked_here
+
+    from compress.evaluation import stock
+
+    stock.asked = asked_here
+"""
+
+
+def asking_within(where: str, folder: Path) -> dict[str, str]:
+    """Environment for processes of a command, some of which ask without another one.
+
+    Args:
+        where: a condition of Python, in which `os` and `sys` are there, that holds in them.
+        folder: for what makes it so.
+    """
+    (folder / "sitecustomize.py").write_text(_WITHIN.format(where=where))
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent)])}

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from command import invoke
 from small_model import write_model
-from stock_here import asked_here
+from stock_here import asking_within
 from workers_here import Here
 
 import compress
@@ -36,7 +36,6 @@ OVER = ["--over", "stages.0.shape.intermediate_size=64,32", "--over", "stages.1.
 def here(monkeypatch: pytest.MonkeyPatch) -> type[Here]:
     Here.made, Here.said = [], []
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     return Here
 
 
@@ -92,7 +91,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     write(folder, model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-        patch.setattr("compress.evaluation.verify.asked", asked_here)
         sweep(folder, *OVER)
     return folder
 
@@ -267,7 +265,6 @@ def test_a_point_that_is_made_again_is_not_finished_meanwhile(
     sweep(tmp_path, *over, "--set", "stages.1.damp=0.05", code=1)
     monkeypatch.undo()
     monkeypatch.setattr("compress.sweeps.driver.LocalWorkers", Here)
-    monkeypatch.setattr("compress.evaluation.verify.asked", asked_here)
     record = sweep(tmp_path, *over)
     assert len(here.made) == 3 and record.points[0].status == "done"
 
@@ -446,7 +443,10 @@ def command(folder: Path, *more: object) -> list[str]:
 def test_processes_make_the_same_bytes_and_the_same_table(whole: Path, model: Path, tmp_path: Path) -> None:
     """Two at a time, of which one is killed in the middle, and then the sweep itself."""
     write(tmp_path, model)
-    started = subprocess.Popen(command(tmp_path, "--jobs", 2), stderr=subprocess.DEVNULL)
+    support = tmp_path / "support"
+    support.mkdir()
+    environment = asking_within("'compress.sweeps.local' in sys.orig_argv", support)
+    started = subprocess.Popen(command(tmp_path, "--jobs", 2), stderr=subprocess.DEVNULL, env=environment)
     killed = None
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and started.poll() is None:
@@ -461,7 +461,9 @@ def test_processes_make_the_same_bytes_and_the_same_table(whole: Path, model: Pa
         time.sleep(0.05)
     assert started.wait(60) == -signal.SIGKILL
     assert killed is not None
-    ended = subprocess.run(command(tmp_path, "--jobs", 2), capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(
+        command(tmp_path, "--jobs", 2), capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
     assert ended.returncode == 0, ended.stderr
     found, wanted = read_sweep(tmp_path / "out"), read_sweep(whole / "out")
     assert found is not None and wanted is not None

@@ -24,6 +24,7 @@ from command import invoke
 from killable import Ended, Moment
 from quantized import quantize
 from safetensors.torch import load_file
+from stock_here import asking_within
 from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
@@ -368,7 +369,9 @@ def hosts(folder: Path, *arguments: str, **environment: str) -> list[subprocess.
 
 
 def test_two_hosts_share_a_run(folder: Path) -> None:
-    kept, came = hosts(folder, "--set", "calibration.samples=8")
+    support = folder / "support"
+    support.mkdir()
+    kept, came = hosts(folder, "--set", "calibration.samples=8", **asking_within("'RANK' in os.environ", support))
     assert (kept.returncode, came.returncode) == (0, 0), (kept.stdout, came.stdout)
     assert kept.stdout.count("gptq 4-bit: 6/6 layers") == 1
     assert came.stdout == "working for 127.0.0.1, which tells of the run\n"
