@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,7 +158,9 @@ def run(
     from compress.report.write import export_lines, served_line, speed_words, summary_table, tasks_line
 
     limit = _bytes(max_memory)
-    with loader_ahead(device, limit):  # before what a run imports, which takes as long as the loader does to be ready
+    with ExitStack() as kept:
+        with suppress(Exception):  # which the run says
+            kept.enter_context(loader_ahead(device, limit))  # before all that it imports, which takes as long
         report = compress.run(loaded, device=device, work_dir=work, fresh=fresh, max_memory=limit, reporter=reporter)
     if report is None:
         return

@@ -92,6 +92,17 @@ def test_a_command_line_that_is_wrong_ends_with_2(arguments: list[str]) -> None:
 # run
 
 
+def test_a_loader_that_does_not_start_early_fails_no_run(
+    finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("compress.evaluation.stock.loader_ahead", full)
+    found = invoke(*finished_run.arguments)
+    assert found.exit_code == 0 and "out of memory" not in found.stderr
+
+
 def test_run_prints_results_to_stdout_and_progress_to_stderr(finished_run: FinishedRun) -> None:
     report = Report.model_validate(finished_run.report)
     lines = finished_run.stdout.splitlines()

@@ -12,9 +12,10 @@ Sharding and states are torch's own, and no loader has to be skipped forward whe
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,13 +49,14 @@ class Text(Protocol):
 Teach = Callable[[Sequence[Place], Inputs], Taught | None]
 
 
-class _Read(NamedTuple):
+@dataclass
+class _Read:
     """What a step reads: its micro-batches, the scored tokens of all processes, and the first one's teaching."""
 
     step: int
     micro: list[tuple[Sequence[Place], Any]]
     scored: int
-    first: tuple[Inputs, Taught | None]
+    first: tuple[Inputs, Taught | None] | None
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ class Loop:
         self.trainee, self.optimizer, self.text, self.teach = trainee, optimizer, text, teach
         self.settings, self.folder, self.device, self.reporter, self.log = settings, folder, device, reporter, log
         self.start_over, self.after_step, self.kept_in, self.flops = start_over, after_step, kept_in, flops
-        self.tokens_per_step = tokens_per_step
-        self.progress = Progress()
+        self.tokens_per_step, self.progress = tokens_per_step, Progress()
         self._since: list[float] = []  # losses since the last point of the curve
         self._guard = Guard()
         self._ahead: _Read | None = None
@@ -203,25 +204,27 @@ class Loop:
         factor = settings.rate * self.progress.slower * rate(step, settings.steps, settings.warm_up)
         for group in self.optimizer.param_groups:  # torchao's is compiled for a tensor
             group["lr"] = group["lr"].fill_(factor) if isinstance(group["lr"], Tensor) else factor
-        for number, (places, batch) in enumerate(read.micro):
-            inputs, taught = self._taught(places, batch) if number else read.first
+        first, read.first = read.first, None
+        for places, batch in read.micro:
+            inputs, taught = first or self._taught(places, batch)
+            first = None  # which the teacher's states would outlive
             loss, parts = self.trainee(inputs, taught)
             _add(sums, parts | {"loss": loss.detach()})
             (loss * (distributed.world() / max(1, read.scored))).backward()  # gradients are averaged over processes
             del inputs, taught
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainee.parameters()), settings.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        scored, read = read.scored, None  # and with it what the teacher said is freed
-        if step + 1 < settings.steps:
-            self._ahead = self._read(step + 1)
-        means = _means(sums, scored, self.device)
+        if step + 1 < settings.steps and distributed.world() == 1:  # several would wait for each other here
+            with suppress(Exception):  # which comes again when that step is due
+                self._ahead = self._read(step + 1)
+        means = _means(sums, read.scored, self.device)
         loss_, norm_ = means.pop("loss"), float(norm)
         if loss_ == loss_ and abs(norm_) < float("inf"):
             state.complete(self.optimizer)
             self.optimizer.step()
             self.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_, means, norm_, scored
+        return loss_, means, norm_, read.scored
 
     def _read(self, step: int) -> _Read:
         """What a step reads, and the first teaching, which a GPU does behind the step before without waiting."""

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,10 @@ from compress.system.tracker import tracker_problem
 from compress.train import sharded, state
 from compress.train.log import Log
 from compress.train.loop import Loop, Place, Settings
+from compress.train.losses.inputs import Head
 from compress.train.progress import Progress
 from compress.train.schedule import rate
-from compress.train.trainee import Inputs, inputs_of
+from compress.train.trainee import Inputs, Taught, inputs_of
 
 CPU = torch.device("cpu")
 NUMBERS = 6
@@ -172,6 +174,36 @@ def test_the_teacher_is_asked_once_about_what_each_step_reads(tmp_path: Path) ->
     run()
     first, again = ([place for step in steps for place in run.loop.text.indices(step)] for steps in (range(5), (4, 5)))
     assert asked == [*first, run.loop.text.indices(5)[0], *again]  # step 5's before step 4 was known to have failed
+
+
+def test_a_text_that_can_not_be_read_on_costs_no_step_that_is_done(tmp_path: Path) -> None:
+    """The next step is read behind the one under way; what is wrong with it is said when it is due."""
+    run = Run(tmp_path / "run", steps=6, save_every=1, held_out=())
+    read = run.loop.text.read
+
+    def torn(places: Sequence[Place]) -> Any:
+        if places == run.loop.text.indices(2):
+            raise OutputError("a shard is gone")
+        return read(places)
+
+    run.loop.text.read = torn  # type: ignore[method-assign]
+    with pytest.raises(OutputError, match="a shard is gone"):
+        run()
+    assert run.loop.progress.step == 2 and state.newest(run.folder) == state.of_step(run.folder, 2)
+
+
+def test_one_teaching_is_held_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    run, most = Run(tmp_path / "run", steps=3, micro=1, held_out=()), []
+
+    def teach(*_: Any) -> Taught:
+        alive.add(taught := Taught(head=Head(torch.zeros(1), None)))
+        most.append(len(alive))
+        return taught
+
+    run.loop.teach = teach  # type: ignore[assignment]
+    run()
+    assert most == [1] * 6
 
 
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
@@ -767,8 +799,8 @@ def plain(parameters: Any) -> torch.optim.Optimizer:
 
 
 def eight_bit(parameters: Any) -> torch.optim.Optimizer:
-    optim = pytest.importorskip("torchao.optim")
-    made: torch.optim.Optimizer = optim.AdamW8bit(parameters, lr=0.0, weight_decay=0.1)
+    module = pytest.importorskip("compress.train.adamw8bit")
+    made: torch.optim.Optimizer = module.BoundedAdamW8bit(parameters, lr=0.0, weight_decay=0.1)
     return made
 
 

@@ -42,13 +42,13 @@ from compress.train.log import Log
 from compress.train.loop import Loop, Settings, Teach
 from compress.train.losses.fused import Weights
 from compress.train.memory import Setup
+from compress.train.optimizer import make_optimizer
 from compress.train.progress import Progress
 from compress.train.trainee import Objective, Trainee
 
-CODE_VERSION = (2, teachers.CODE_VERSION, mixture.CODE_VERSION)
+CODE_VERSION = (3, teachers.CODE_VERSION, mixture.CODE_VERSION)
 LOG = "train_log.jsonl"
 _EAGER, _WORTH_COMPILING = 0.15, 600.0  # share of a GPU's arithmetic without compiling; seconds
-_BETAS, _EPSILON = (0.9, 0.95), 1e-8
 _STATE_TOKENS = 5_000_000  # trained between two states that are large: writing one takes about as long as 500k of them
 
 
@@ -347,19 +347,3 @@ def state_every(evaluate_every: int, tokens: int, trainee: nn.Module) -> int:
     sizes = [(each.numel(), each.requires_grad) for each in trainee.parameters()]
     share = sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
     return evaluate_every * max(1, math.ceil(_STATE_TOKENS * share / (evaluate_every * tokens)))
-
-
-def make_optimizer(trainee: nn.Module, name: str, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters (Loshchilov and Hutter 2017, arXiv:1711.05101); matrices alone decay."""
-    own = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in own if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if name == "adamw8bit":
-        from torchao.optim import AdamW8bit
-
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=_BETAS, eps=_EPSILON)
-        return optimizer
-    return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
