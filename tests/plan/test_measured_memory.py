@@ -28,11 +28,9 @@ MODELS = {
 @pytest.mark.parametrize("family", MODELS)
 def test_the_total_is_what_a_process_takes(family: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(family, **MODELS[family], max_position_embeddings=4096)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.uniform_(-0.05, 0.05)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     subject = open_subject(str(tmp_path))
     weights = weights_of(subject, BF16)
