@@ -84,25 +84,31 @@ def exported(folder: Path, output: Path, engine: Engine, **options: Any) -> Writ
     return export_openvino(folder, output, engine, reporter=Reporter(quiet=True), **options)
 
 
-def check(folder: Path, written: Written, engine: Engine, timing: Timing | None = None) -> None:
+def check(
+    folder: Path, written: Written, engine: Engine, timing: Timing | None = None, other_tokens: bool = False
+) -> None:
     codes = written.codes
     checks, pace = check_in_openvino(folder, written.folder, engine, len(codes), codes.other, timing)
     found = {each.name: each for each in checks}
     wanted = {"tokens", "openvino"} | ({"codes"} if len(codes) else set()) | ({"as it runs here"} if timing else set())
-    assert found.keys() == wanted and all(each.passed for each in checks), checks
+    assert found.keys() == wanted, checks
+    assert {name for name, each in found.items() if not each.passed} == ({"tokens"} if other_tokens else set()), checks
     assert found["openvino"].detail.endswith("of 16 tokens it goes on with, the first 16 are ours")
     assert (pace is not None) == (timing is not None)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family(name: str, engine: Engine, tmp_path: Path) -> None:
-    """With codes: matrices that have none are the dense ones."""
+    """With codes: matrices that have none are the dense ones.
+
+    transformers 5.0 makes the tokenizer of a qwen2 model anew as Qwen2's, which the one here is not: that is found.
+    """
     family, config = FAMILIES[name]
     dense = make_model(tmp_path / "model", family, intermediate_size=128, **config)
     folder = onnx_files.quantized(dense, tmp_path / "work", **W4)
     written = exported(folder, tmp_path / "out", engine)
     assert len(written.codes) == {"phi3": 8, "gpt_neox": 8, "opt": 12}.get(family, 14)
-    check(folder, written, engine)
+    check(folder, written, engine, other_tokens=family == "qwen2")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
