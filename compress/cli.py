@@ -34,6 +34,7 @@ from compress.system.units import parse_size
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
+    from compress.records import Report
     from compress.system.progress import Reporter
 
 _MOST_PROBLEMS, _LONGEST_LINE = 50, 1000
@@ -155,7 +156,6 @@ def run(
         _print_plan(loaded, work, reporter, device, _bytes(max_memory))
         return
     from compress.evaluation.stock import loader_ahead
-    from compress.report.write import export_lines, served_line, speed_words, summary_table, tasks_line
 
     limit = _bytes(max_memory)
     with ExitStack() as kept:
@@ -164,12 +164,7 @@ def run(
         report = compress.run(loaded, device=device, work_dir=work, fresh=fresh, max_memory=limit, reporter=reporter)
     if report is None:
         return
-    print_table(("", "base", "compressed", "change"), summary_table(report))
-    said = [("tasks", tasks_line(report)), ("speed", speed_words(report)), ("served", served_line(report))]
-    for label, words in [*said, *(("exported", line) for line in export_lines(report))]:
-        if words:
-            print(f"{label:<12}{words}")
-    print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
+    _print_report(report)
     failed = any(export.passed is False for export in report.exports)
     if failed or (report.verified is not None and not report.verified.passed):
         raise typer.Exit(1)
@@ -330,6 +325,17 @@ def cache_clean(work_dir: CacheArgument = Path(".dscompress")) -> None:
     from compress.runs.cache import clean_cache
 
     print(f"freed {clean_cache(work_dir) / 1e6:,.1f} MB")
+
+
+def _print_report(report: "Report") -> None:
+    from compress.report.write import export_lines, served_line, speed_words, summary_table, tasks_line
+
+    print_table(("", "base", "compressed", "change"), summary_table(report))
+    said = [("tasks", tasks_line(report)), ("speed", speed_words(report)), ("served", served_line(report))]
+    for label, words in [*said, *(("exported", line) for line in export_lines(report))]:
+        if words:
+            print(f"{label:<12}{words}")
+    print(f"checkpoint  {report.compressed.path}\nreport      {Path(report.compressed.path) / 'report.html'}")
 
 
 def _print_plan(
