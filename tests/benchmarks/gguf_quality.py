@@ -100,11 +100,14 @@ def by_llama(ours: Path, base: Path, file: Path, importance: Mapping[str, Tensor
     reader.data.flush()
 
 
-def by_autoround(python: str, base: Path, kind: str, tokens: Tensor, work: Path) -> tuple[Path, str]:
+def by_autoround(
+    python: str, base: Path, kind: str, tokens: Tensor, original: Path, work: Path, iterations: int
+) -> tuple[Path, str]:
     """AutoRound's file, and how many seconds it took."""
     np.save(work / "tokens.npy", tokens.numpy())
     script, folder = ROOT / "tests" / "support" / "autoround_gguf.py", work / f"autoround-{kind}"
-    command = [python, script, base, folder, kind, work / "tokens.npy", "200"]
+    pre = gguf.GGUFReader(original).fields["tokenizer.ggml.pre"].contents()
+    command = [python, script, base, folder, kind, work / "tokens.npy", str(iterations), pre]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"AutoRound failed: {done.stderr.strip().splitlines()[-1]}")
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=4, help="windows on which llama.cpp computes the perplexity")
     parser.add_argument("--stage", nargs="*", default=[], help="other settings of the stage, as JSON")
     parser.add_argument("--autoround", metavar="PYTHON", help="of an environment with auto-round")
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
     options = parser.parse_args()
     spec = CalibrationSpec(source=options.calibration, samples=options.samples, sequence_length=options.length)
     print(f"{options.samples} x {options.length} calibration tokens, {options.windows} windows of {options.length}")
@@ -179,7 +183,9 @@ def main() -> None:
                 files[system] = work / f"{kind}{len(files)}.gguf"
                 by_llama(files["dscompress"], original, files[system], importance)
             if options.autoround:
-                files["AutoRound"], took["AutoRound"] = by_autoround(options.autoround, base, kind, tokens, work)
+                files["AutoRound"], took["AutoRound"] = by_autoround(
+                    options.autoround, base, kind, tokens, original, work, options.iterations
+                )
             found = {}
             for system, file in files.items():
                 quality = compress.evaluate(
