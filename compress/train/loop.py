@@ -272,8 +272,8 @@ class Loop:
         for number in range(rounds):
             places = own[number * settings.micro_batch : (number + 1) * settings.micro_batch]
             read = places or settings.held_out[:1]  # sharded layers are read by all together; this one does not count
-            inputs = inputs_of(self.text.read(read), self.device)
-            loss, _ = self.trainee(inputs, self.teach(read, inputs))
+            inputs, taught = self._taught(read, self.text.read(read))
+            loss, _ = self.trainee(inputs, taught)
             _add(sums, {"loss": loss if places else torch.zeros_like(loss)})
             count += len(inputs.rows) if places else 0
         loss_ = _means(sums, distributed.total(count), self.device)["loss"]

@@ -1,6 +1,6 @@
 """The kernels for ggml's blocks beside their plain-torch twins, on a CPU in Triton's interpreter.
 
-test_block_kernels.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton
+test_interpreted.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton
 is imported and holds for the process. The interpreter takes a while for each operation, so blocks of the k-types have
 two sub-blocks here, and spans are as wide; `test_search` has them whole. Ties may fall the other way, because the
 interpreter rounds a fused multiply-add twice and sums run in another order: what is allowed of that, a test says.
@@ -26,7 +26,7 @@ from compress.quant.block_scales import Multiples, Units, nearest_levels, steps_
 from compress.quant.blocks import Blocked
 from compress.quant.gptq import Factor, factorize
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_block_kernels.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreted.py"
 
 KINDS = {name: kind for name, kind in BLOCK_TYPES.items() if kind.uniform}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -1,6 +1,6 @@
 """The fused losses' Triton kernel beside its plain-torch twin, on a CPU in Triton's interpreter.
 
-test_divergence.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton is
+test_interpreted.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton is
 imported and holds for the process.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.kernels import divergence as kernels
 from compress.train.losses import fused
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_divergence.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreted.py"
 
 HEADS: dict[str, Any] = {
     "plain": ((1.0, None), (1.0, None)),

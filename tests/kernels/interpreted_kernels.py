@@ -1,6 +1,6 @@
 """The Triton kernels beside their plain-torch twins, on a CPU in Triton's interpreter.
 
-test_kernels.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton is
+test_interpreted.py runs this file in a process of its own, with TRITON_INTERPRET=1: the variable is read when triton is
 imported and holds for the process. The interpreter rounds a fused multiply-add twice, so a tie may fall the other way;
 with the seeds below that happens only where a test says so.
 """
@@ -25,7 +25,7 @@ from compress.quant.gptq import factorize, gptq, importance, visiting_order
 from compress.quant.grid import Grid
 from compress.quant.scales import group_scales
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreted.py"
 
 
 @contextmanager

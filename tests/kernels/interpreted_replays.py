@@ -1,10 +1,10 @@
 """The solver's steps on ggml's blocks, replayed, on a CPU in Triton's interpreter: the same bits as without.
 
-test_replayed.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+test_interpreted.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from quant_problems import problem
+from recorder import Recorder
 from torch import Tensor
 
 from compress.kernels import block_solver
@@ -21,26 +22,7 @@ from compress.quant import block_gptq, block_refine, block_scales
 from compress.quant.blocks import Blocked
 from compress.quant.gptq import factorize
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_replayed.py"
-
-
-class Recorder:
-    """Calls again what it records."""
-
-    replayed = 0
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        work()
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        def replay() -> None:
-            self.replayed += 1
-            work()
-
-        return replay
-
-    def free(self) -> int:
-        return 2**40
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreted.py"
 
 
 @contextmanager

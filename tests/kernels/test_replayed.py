@@ -1,47 +1,17 @@
 """Steps that are replayed, with a recorder that stands in for CUDA graphs: what it records is called again.
 
-Runs interpreted_replays.py too: the solvers' steps, replayed, in Triton's interpreter. On a GPU, test_replayed_gpu.py.
+The solvers' steps, replayed: interpreted_replays.py in Triton's interpreter, test_replayed_gpu.py on a GPU.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from recorder import Recorder
 from torch import Tensor
 
 from compress.kernels.replayed import DIRECTLY, Replays, replays_on
-
-
-class Recorder:
-    """Counts what is asked of it; fails where it is told to."""
-
-    def __init__(self, free: int = 2**40, fails: int = 0) -> None:
-        self.bytes, self.fails = free, fails
-        self.warmed = self.recorded = self.replayed = 0
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        self.warmed += 1
-        work()
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
-        if self.recorded <= self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-        def replay() -> None:
-            self.replayed += 1
-            work()
-
-        return replay
-
-    def free(self) -> int:
-        return self.bytes
 
 
 class Sums(NamedTuple):
@@ -145,13 +115,3 @@ def test_without_a_gpu_nothing_is_recorded(replays: Replays) -> None:
         replays(add, 2, sums, given)
         assert same(sums, expected)
     assert not replays._met and replays._memory is None
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which exists for Linux alone")
-def test_the_solvers_steps_in_tritons_interpreter() -> None:
-    here = Path(__file__).parent
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "--noconftest"]  # its fixtures import more than a kernel needs
-    command = [sys.executable, "-m", "pytest", *options, str(here / "interpreted_replays.py")]
-    found = subprocess.run(command, env=environment, cwd=here.parent.parent, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]

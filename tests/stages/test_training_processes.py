@@ -18,11 +18,9 @@ from command import invoke
 from killable import Ended, Moment
 from quantized import opens
 from random_models import make_model
-from stock_here import asked_here
 from torch.distributed import TCPStore
 from trained import apart, weights, write_text
 
-from compress.evaluation import verify
 from compress.system import distributed
 
 KILLED = -int(signal.SIGKILL)
@@ -95,7 +93,6 @@ class Process(killable.Process):
 
 def _work(*given: Any) -> None:
     *rest, kill_in = given
-    verify.asked = asked_here
     torch.set_num_threads(1)
     if kill_in is not None:
         _kill_in(kill_in)
@@ -320,7 +317,6 @@ STEPS = (
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    monkeypatch.setattr(verify, "asked", asked_here)
     return tmp_path / "run"
 
 
