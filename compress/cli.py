@@ -35,6 +35,7 @@ from compress.system.units import parse_size
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
     from compress.records import Report
+    from compress.runs.plan import RunPlan
     from compress.system.progress import Reporter
 
 _MOST_PROBLEMS, _LONGEST_LINE = 50, 1000
@@ -364,7 +365,16 @@ def _print_plan(
         from compress.runs.exported import check_exports, note_unasked  # likewise
 
         note_unasked(check_exports(planned), reporter)
-    print("\n".join(planned.lines(work)))
+    print("\n".join(planned.lines(work, _gguf_files(planned))))
+
+
+def _gguf_files(planned: "RunPlan") -> dict[str, int]:
+    """The bytes of each .gguf file that the recipe itself leaves, by name."""
+    if getattr(planned.recipe.stages[-1], "format", None) != "gguf":
+        return {}
+    from compress.runs.gguf_file import planned_files  # here, because it imports torch
+
+    return planned_files(planned)
 
 
 def _load(reference: str, overrides: list[str] | None, model: str | None, output: Path | None) -> "Recipe":

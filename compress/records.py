@@ -34,7 +34,8 @@ class Base(Typed):
 class Compressed(Typed):
     """The checkpoint written. `quantized_bits_per_weight` counts the quantized matrices only, their scales included.
 
-    `file` is the .gguf file inside `path` that holds its weights, whose bytes are counted; None: safetensors do.
+    `file` is the .gguf file inside `path` that holds its weights, whose bytes are counted, the first of `files` where
+    there are parts; None: safetensors do.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Compressed(Typed):
     quantized_bits_per_weight: float | None = None
     format: str | None = None
     file: str | None = None
+    files: Count | None = None
 
 
 class Perplexity(Typed):

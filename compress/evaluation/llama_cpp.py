@@ -26,6 +26,7 @@ from compress.evaluation.odd_tokens import odd_tokens, same_tokens
 from compress.evaluation.served import agreement
 from compress.evaluation.verify import Check, own_logits, probe_prompt
 from compress.model.checkpoint import Checkpoint
+from compress.model.source import parts_of
 from compress.served_records import Apart, ServedPace
 from compress.system.compute import pick_device
 from compress.system.distributed import alone
@@ -96,7 +97,7 @@ def ask_llama_cpp(
             "tokens": list(tokens), "new_tokens": new_tokens, "timing": None if timing is None else asdict(timing),
         }  # fmt: skip
         request.write_text(json.dumps(asked), encoding="utf-8")
-        seconds = _SECONDS + file.stat().st_size / _BYTES_PER_SECOND
+        seconds = _SECONDS + sum(part.stat().st_size for part in parts_of(file)) / _BYTES_PER_SECOND
         command = [sys.executable, llama_cpp_client.__file__, *map(str, (request, answer, logits))]
         try:
             done = subprocess.run(

@@ -1,6 +1,8 @@
 """From what a recipe calls a model to a checkpoint folder: a folder, a hub id, a GGUF file, a file in a package."""
 
+import glob
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from compress.system.locks import FileLock
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 
-_GGUF_VERSION = 3  # of what is made of a GGUF file
+_PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.gguf)")  # as gguf-split calls them
+_GGUF_VERSION = 4  # of what is made of a GGUF file
 
 
 def resolve_model(reference: str, revision: str | None, work: Path, say: Callable[[str], None]) -> Path:
@@ -47,12 +50,22 @@ def resolve_model(reference: str, revision: str | None, work: Path, say: Callabl
 
 
 def gguf_of(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that a folder has and no other weights, as `format: gguf` leaves one."""
+    """The GGUF file that a path is, or that a folder has and no other weights, as `format: gguf` leaves one.
+
+    Of a model that was split it is the first part.
+    """
     if path.is_dir():
         found = sorted(path.glob("*.gguf")) if not any(path.glob("*.safetensors")) else []
         found = [file for file in found if not f".{file.name}".endswith(".imatrix.gguf")]  # sums of inputs, no model
-        return found[0] if len(found) == 1 else None
+        return found[0] if found and found == parts_of(found[0]) else None
     return path if path.suffix.lower() == ".gguf" or is_gguf(path) else None
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files of a model that was split, those that are there, by the name of one of them; of another, itself."""
+    if (named := _PART.fullmatch(file.name)) is None:
+        return [file]
+    return sorted(file.parent.glob(f"{glob.escape(named[1])}-[0-9][0-9][0-9][0-9][0-9]{glob.escape(named[2])}"))
 
 
 def looks_local(reference: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from compress.recipe.types import Closed, Text, without_overridden
+from compress.recipe.types import Closed, Size, Text, without_overridden
 from compress.recipe.weights import WeightStage
 
 # As llama.cpp calls them: types, and mixes of them.
@@ -27,7 +27,7 @@ class BlockOverride(Closed):
 class GgufStage(WeightStage):
     """Store all matrices in llama.cpp's block types, their codes solved on its grids, and write a .gguf file."""
 
-    format: Literal["gguf"] = Field(description="gguf: one file for llama.cpp and what is built on it.")
+    format: Literal["gguf"] = Field(description="gguf: a file for llama.cpp and what is built on it.")
     type: Mixture = Field(
         default="q4_k_m",
         description="A mix of block types or a type, by llama.cpp's name; embeddings and head included.",
@@ -41,6 +41,11 @@ class GgufStage(WeightStage):
         description="Also write the importance matrix of the calibration text, NAME.imatrix.gguf, for llama.cpp's "
         "llama-quantize --imatrix: sums over the tokens of the squared inputs of each linear in the layers, in the "
         "model that this stage gets.",
+    )
+    split: Size | None = Field(
+        default=None,
+        description="Most bytes of tensors in a file, such as 4GB; a larger model becomes parts, "
+        "NAME-00001-of-00003.gguf and so on, of which programs are given the first.",
     )
 
     @field_validator("clip")
@@ -72,8 +77,8 @@ class GgufStage(WeightStage):
         return value
 
     def identity(self) -> dict[str, Any]:
-        """As of every stage; without an importance matrix the same as before there was one."""
-        return self.model_dump(mode="json", exclude=set() if self.imatrix else {"imatrix"})
+        """As of every stage, whatever files its result is written to; `imatrix` counts where it is true."""
+        return self.model_dump(mode="json", exclude={"split"} if self.imatrix else {"split", "imatrix"})
 
     @property
     def layout(self) -> str:

@@ -53,7 +53,7 @@ def ways(report: Report) -> list[Way]:
     """The programs that open the checkpoint; servers first."""
     path, found = path_of(report), list[Way]()
     if report.compressed.file is not None:
-        return [_llama_cpp(f"{path}/{report.compressed.file}")]
+        return [_llama_cpp(f"{path}/{report.compressed.file}", report.compressed.files or 1)]
     if (note := _vllm(report)) is not None:
         found.append(Way("vLLM", f"vllm serve {path}", note))
     found += [_exported(path, export) for export in report.exports if export.passed is not False]
@@ -66,17 +66,20 @@ def ways(report: Report) -> list[Way]:
     return [*found, Way("transformers", f"pip install {packages(report)}\n{opened}", slow)]
 
 
-def _llama_cpp(file: str) -> Way:
+def _llama_cpp(file: str, parts: int) -> Way:
     """The program that opens a .gguf file, and what is built on it."""
     command = f"llama-cli -m {file}\nllama-server -m {file} --port 8080"
-    return Way("llama.cpp", command, "Ollama, LM Studio and others that run llama.cpp open the same file")
+    note = "Ollama, LM Studio and others that run llama.cpp open the same file"
+    if parts > 1:
+        note = f"given the first of {parts} parts; llama-gguf-split --merge joins them for programs that want one file"
+    return Way("llama.cpp", command, note)
 
 
 def _exported(path: str, export: Export) -> Way:
     """The program that something beside the checkpoint was written for."""
     place = f"{path}/{export.name}"
     if export.to == "gguf":
-        return _llama_cpp(place)
+        return _llama_cpp(place, export.files)
     return Way(export.program, _FOLDERS[export.to].format(place=place), "its folder beside the checkpoint")
 
 

@@ -198,7 +198,6 @@ def write_output(
     artefact: Path,
     output: Path,
     report: Report,
-    file: tuple[Path, str] | None = None,
     beside: Mapping[str, Path] = MappingProxyType({}),
     written: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
@@ -207,10 +206,9 @@ def write_output(
     Args:
         artefact: the checkpoint.
         output: folder to write; what a user added to an earlier result in it stays.
-        report: says where it lies then.
-        file: that holds the weights instead of the artefact's own, and its name there; None where these do.
+        report: says where it lies then, and whether other files hold the weights than the artefact's own.
         beside: further files, by their names there; a name may have a folder in it.
-        written: SHA-256 of `file` and of those beside, as they were written, by their names there.
+        written: SHA-256 of those beside, as they were written, by their names there.
 
     Raises:
         OutputError: the folder holds something else, or can't be written.
@@ -219,7 +217,7 @@ def write_output(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _publish(artefact, partial, file, beside, written)
+        _publish(artefact, partial, report, beside, written)
         write_report(report, partial)
         write_model_card(report, partial)
         check_output(output)
@@ -230,29 +228,29 @@ def write_output(
 
 
 def _publish(
-    artefact: Path, output: Path, weights: tuple[Path, str] | None, beside: Mapping[str, Path],
-    written: Mapping[str, str],
-) -> None:  # fmt: skip
+    artefact: Path, output: Path, report: Report, beside: Mapping[str, Path], written: Mapping[str, str]
+) -> None:
     """Put an artefact's files into the folder `output`: weights as hard links where the disk allows, others copied."""
+    own = report.compressed.file is None or report.compressed.file not in beside
     for file in artefact.iterdir():
         if file.suffix in (".safetensors", ".gguf"):
-            if weights is None:
+            if own:
                 link_or_copy(file, output / file.name)
-        elif weights is not None and file.name == INDEX:
+        elif not own and file.name == INDEX:
             pass  # of safetensors
         elif file.is_dir():
             shutil.copytree(file, output / file.name, copy_function=_place)
         else:
             shutil.copy2(file, output / file.name)
     record = read_record(output)
-    added = {**beside, **({} if weights is None else {weights[1]: weights[0]})}
-    if added and record is not None:
-        for name, source in added.items():
+    if beside and record is not None:
+        for name, source in beside.items():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             _place(source, output / name)
         files = {name: digest for name, digest in record.files.items() if (output / name).is_file()}
-        files |= {name: written[name] for name in added}
-        record = record.model_copy(update={"files": files})
+        files |= {name: written[name] for name in beside}
+        stage = record.stage.model_copy(update={"spec": report.stages[-1].spec})  # as this run was asked
+        record = record.model_copy(update={"files": files, "stage": stage})
         write_text(output / RECORD, record.model_dump_json(indent=2) + "\n")
 
 

@@ -1,34 +1,29 @@
 """The exports at the end of a recipe: looked at before any work, written once from the last artefact, asked about.
 
-Each lies in the work folder, `exports/<fingerprint>`, with a note of what was written beside it, which appears last: a
-run that was killed writes it again, and one that was not does not, unless a file has changed since. What its program
-said is kept as well. They go into the output with the checkpoint, by the same rename.
+Each is kept in the work folder (compress/runs/kept_export.py), and what its program said as well. They go into the
+output with the checkpoint, by the same rename.
 
 Whatever fails here, the checkpoint and its report are written: the report says it, and the command ends with 1.
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from compress.errors import RecipeError, UserError, reason
 from compress.export_records import Export, ExportCheck
 from compress.loop.context import Context
-from compress.model.side_files import copy_side_files, side_digest
 from compress.recipe.export import stem_of
 from compress.recipe.schema import Recipe
 from compress.records import Report
 from compress.runs.artefact import StageArtefact
 from compress.runs.exporters import Exporter, exporter_of
-from compress.runs.foreseen import foreseen_result
+from compress.runs.foreseen import foreseen_result, origin_of, sketch_of
+from compress.runs.kept_export import KeptExport, Source
 from compress.runs.plan import RunPlan
 from compress.system.files import write_text
-from compress.system.fingerprint import digests, fingerprint
-from compress.system.locks import FileLock
 from compress.system.progress import Reporter
 
 _IN_RECIPES = {"--type ": "type: ", "--to ": "to: ", "--int8-inputs": "int8_inputs: true"}  # as options are written
@@ -63,9 +58,9 @@ def check_exports(planned: RunPlan) -> list[Exporter]:
     if not planned.recipe.export:
         return []
     found, problems, result = [], [], foreseen_result(planned)
-    base = _origin(planned)
+    base = origin_of(planned)
     for number, spec in enumerate(planned.recipe.export):
-        with _sketch(base, result.shapes.config) as sketch:
+        with sketch_of(base, result.shapes.config) as sketch:
             try:
                 exporter = exporter_of(spec)
                 exporter.check(sketch, base, result)
@@ -133,73 +128,21 @@ def _unwritten(exporter: Exporter, name: str, failure: str) -> Export:
     )
 
 
-class _Export:
+class _Export(KeptExport):
     """One export under way."""
 
     def __init__(
         self, exporter: Exporter, recipe: Recipe, artefact: StageArtefact, work: Path, fresh: bool, context: Context
     ) -> None:
-        self.exporter, self.recipe, self.artefact = exporter, recipe, artefact
-        self.fresh, self.context = fresh, context
-        self.name = _name(exporter, recipe)
-        options = exporter.spec.model_dump(mode="json", exclude={"python"})
-        sides = side_digest(artefact.folder)  # no part of a stage's fingerprint, and some of them go into the file
-        self.key = fingerprint(artefact.key, sides, options, exporter.made_by(recipe.name))
-        self.folder = work / "exports" / self.key
-        self.note = self.folder.with_name(f"{self.key}.json")
-        self.path = self.folder / exporter.spec.file_name("model")
+        source = Source(artefact.folder, artefact.key, recipe.name)
+        super().__init__(exporter, source, _name(exporter, recipe), work, fresh, context.reporter)
+        self.recipe, self.context = recipe, context
 
     def write(self, held: ExitStack) -> None:
-        """Write it unless it is there as it was written, and hold on to it."""
-        with ExitStack() as here:
-            lock = here.enter_context(FileLock(self.note.with_suffix(".lock")))
-            lock.acquire(exclusive=False, waiting=self._wait)
-            if self.fresh or not self._is_whole():
-                lock.release()
-                lock.acquire(exclusive=True, waiting=self._wait)
-                if self.fresh or not self._is_whole():  # another process may have written it
-                    self._make()
-                lock.acquire(exclusive=False, waiting=self._wait)
-            else:
-                self.context.reporter.say(f"{self.name}: written before, taken from {self.folder}")
-            held.push(here.pop_all())
-        kept = json.loads(self.note.read_text(encoding="utf-8"))
-        self.written = self.exporter.load(kept["written"], self.path)
-        self.digests = {self.folder / name: digest for name, digest in kept["files"].items()}
+        """Write it unless it is there as it was written, and hold on to it; what its user should hear is said."""
+        super().write(held)
         for remark in self.written.remarks:
-            self.context.reporter.warn(f"{self.name}: {_in_recipe(remark)}")
-
-    def _wait(self, holder: str) -> None:
-        self.context.reporter.say(f"waiting for {holder}, which writes or uses {self.name}")
-
-    def _is_whole(self) -> bool:
-        """Whether all is there, and as it was written."""
-        if not self.note.is_file():
-            return False
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(self.note.read_text(encoding="utf-8"))["files"] == digests(self.folder):
-                return True
-        self.context.reporter.say(f"{self.name}: changed in {self.folder} since it was written; writing it again")
-        return False
-
-    def _make(self) -> None:
-        for file in (self.note, self._said()):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        written = self.exporter.write(self.artefact.folder, self.path, self.context.reporter, self.recipe.name)
-        kept = {
-            "stage": self.artefact.key, "written": self.exporter.dump(written), "files": digests(self.folder)
-        }  # fmt: skip
-        write_text(self.note, json.dumps(kept))
-
-    def files(self) -> dict[str, Path]:
-        """What goes into the output, by its name there."""
-        written = sorted(self.digests)
-        if self.exporter.spec.target.suffix:
-            stem, ending = self.path.stem, Path(self.name).stem
-            return {ending + file.name.removeprefix(stem): file for file in written}
-        return {f"{self.name}/{file.relative_to(self.path).as_posix()}": file for file in written}
+            self.reporter.warn(f"{self.name}: {_in_recipe(remark)}")
 
     def asked(self) -> Export:
         """What its program says of it; a difference is a warning."""
@@ -216,7 +159,7 @@ class _Export:
             record = self._earlier(record) or self._ask(record)
         for check in record.checks:
             if check.passed is False:
-                self.context.reporter.warn(
+                self.reporter.warn(
                     f"{self.name} does not pass in {spec.target.program}: {check.name}: {check.detail}; do not use it"
                 )
         return record
@@ -224,17 +167,17 @@ class _Export:
     def _earlier(self, record: Export) -> Export | None:
         """What was said before of the same files, by the same version of the program to the same questions."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(self._said().read_text(encoding="utf-8"))
+            kept = json.loads(self.said.read_text(encoding="utf-8"))
             found = Export.model_validate(kept["said"])
             if not self.fresh and (kept["check"], found.version) == (self.exporter.check_version, record.version):
                 return record.model_copy(update={"checks": found.checks, "pace": found.pace})
         return None
 
     def _ask(self, record: Export) -> Export:
-        self.context.reporter.say(f"asking {record.program} about {self.name}")
+        self.reporter.say(f"asking {record.program} about {self.name}")
         trust, device = self.recipe.trust_remote_code, self.context.device
         try:
-            checks, pace = self.exporter.ask(self.artefact.folder, self.written, trust, device)
+            checks, pace = self.exporter.ask(self.source.folder, self.written, trust, device)
         except Exception as error:  # of memory, of disks, of our own reader: the stages must not be lost by it
             failed = ExportCheck(name=record.program, passed=False, detail=f"could not be asked: {reason(error)}")
             return record.model_copy(update={"checks": [failed]})
@@ -243,33 +186,12 @@ class _Export:
         if record.passed and not record.busy:
             kept = {"check": self.exporter.check_version, "said": record.model_dump(mode="json")}
             with suppress(OSError):  # a full disk: it will be asked again
-                write_text(self._said(), json.dumps(kept))
+                write_text(self.said, json.dumps(kept))
         return record
-
-    def _said(self) -> Path:
-        return self.note.with_name(f"{self.key}.said.json")
 
 
 def _name(exporter: Exporter, recipe: Recipe) -> str:
     return exporter.spec.file_name(stem_of(recipe.name))
-
-
-def _origin(planned: RunPlan) -> Path:
-    """The dense checkpoint that the result is made of: the recipe's model, or the last student in its place."""
-    assert planned.base is not None, "the model has been found"
-    named = [spec.starts_from for spec in planned.specs if spec.starts_from is not None]
-    return planned.models[named[-1]] if named else planned.base.folder
-
-
-@contextmanager
-def _sketch(base: Path, config: dict[str, object]) -> Iterator[Path]:
-    """A folder with the config.json that a result will have, dense, and its tokenizer."""
-    with TemporaryDirectory(prefix="dscompress-") as scratch:
-        folder = Path(scratch)
-        copy_side_files(base, folder)
-        dense = {key: value for key, value in config.items() if key != "quantization_config"}
-        write_text(folder / "config.json", json.dumps(dense))
-        yield folder
 
 
 def _in_recipe(text: str) -> str:

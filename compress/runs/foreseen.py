@@ -1,12 +1,17 @@
 """What a dry run says of memory and time, and where it takes the run to happen. Never imports torch."""
 
+import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.exports.plan import Foreseen, disk_bytes, export_bytes
 from compress.forecast_records import Forecast
+from compress.model.side_files import copy_side_files
 from compress.recipe.export import stem_of
 from compress.recipe.types import StageSpec
 from compress.records import Record, read_record
@@ -14,6 +19,7 @@ from compress.report.figures import duration
 from compress.stages.contract import Place, Plan, Result
 from compress.stages.quantize.plan import plan_matrices
 from compress.system import distributed
+from compress.system.files import write_text
 from compress.system.machine import fast_bf16
 from compress.system.memory import available, free_here, resident
 from compress.system.units import size
@@ -83,7 +89,10 @@ def _is_same(record: Record, spec: StageSpec, plan: Plan, place: Place) -> bool:
     stage, foreseen = record.stage, record.stage.forecast
     if foreseen is None or plan.forecast is None or place.device not in (stage.device or ""):
         return False
-    return foreseen.output_bytes == plan.forecast.output_bytes and stage.spec == spec.model_dump(mode="json")
+    same = stage.spec == spec.model_dump(mode="json")
+    with suppress(ValueError):  # of another kind, or written by a version with other keys
+        same = same or type(spec).model_validate(stage.spec).identity() == spec.identity()
+    return same and foreseen.output_bytes == plan.forecast.output_bytes
 
 
 def foreseen_result(planned: "RunPlan") -> Foreseen:
@@ -98,6 +107,13 @@ def foreseen_result(planned: "RunPlan") -> Foreseen:
     return Foreseen(shapes, stage.layout, plan_matrices(stage, parent, f"stages.{last.number}"))
 
 
+def file_rows(planned: "RunPlan", files: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What a dry run says of the files that hold the weights, as (label, text)."""
+    forecasts = [part.plan.forecast for part in planned.parts[:-1]]
+    about = " or so" if any(each is None or each.about for each in forecasts) else ""
+    return [("file", f"{name}: {taken:,} bytes{about} ({size(taken)})") for name, taken in files.items()]
+
+
 def export_rows(planned: "RunPlan") -> list[tuple[str, str]]:
     """What a dry run says of a recipe's exports, as (label, text)."""
     recipe = planned.recipe
@@ -109,3 +125,21 @@ def export_rows(planned: "RunPlan") -> list[tuple[str, str]]:
         written, disk = size(export_bytes(spec, result)), size(disk_bytes(spec, result))
         rows.append(("export", f"{name} for {spec.target.program}: about {written}, and {disk} in the work folder"))
     return rows
+
+
+def origin_of(planned: "RunPlan") -> Path:
+    """The dense checkpoint that the result is made of: the recipe's model, or the last student in its place."""
+    assert planned.base is not None, "the model has been found"
+    named = [spec.starts_from for spec in planned.specs if spec.starts_from is not None]
+    return planned.models[named[-1]] if named else planned.base.folder
+
+
+@contextmanager
+def sketch_of(base: Path, config: dict[str, object]) -> Iterator[Path]:
+    """A folder with the config.json that a result will have, dense, and its tokenizer."""
+    with TemporaryDirectory(prefix="dscompress-") as scratch:
+        folder = Path(scratch)
+        copy_side_files(base, folder)
+        dense = {key: value for key, value in config.items() if key != "quantization_config"}
+        write_text(folder / "config.json", json.dumps(dense))
+        yield folder

@@ -1,11 +1,10 @@
-"""The .gguf file at the end of a recipe: written from the last artefact, opened in llama.cpp, put into the output."""
+"""The .gguf file at the end of a recipe, or its parts: planned, written from the last artefact, opened in llama.cpp."""
 
-import json
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compress.errors import ModelError, RecipeError, reason
 from compress.evaluation.llama_cpp import ENGINE, check_in_llama_cpp
@@ -13,19 +12,24 @@ from compress.evaluation.llama_cpp_served import served_in_llama_cpp
 from compress.evaluation.verify import Check
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
-from compress.model.side_files import side_digest
-from compress.model.source import resolve_model
-from compress.recipe.export import stem_of
+from compress.model.source import parts_of, resolve_model
+from compress.recipe.export import ExportSpec, stem_of
+from compress.recipe.gguf import GgufStage
 from compress.recipe.schema import Recipe
 from compress.records import Report, read_record
 from compress.runs.artefact import StageArtefact
+from compress.runs.exporters import ForLlamaCpp
+from compress.runs.foreseen import foreseen_result, origin_of, sketch_of
+from compress.runs.kept_export import KeptExport, Source
+from compress.runs.plan import RunPlan
 from compress.served_records import Served
 from compress.stages.quantize.input_squares import FILE as SUMS
 from compress.system.extras import missing_extra
-from compress.system.files import write_text
-from compress.system.fingerprint import fingerprint, sha256
-from compress.system.locks import made_once
+from compress.system.fingerprint import sha256
 from compress.system.progress import Reporter
+
+if TYPE_CHECKING:
+    from compress.exports.gguf.write import Written
 
 _IMATRIX = "imatrix.gguf"
 
@@ -35,20 +39,32 @@ class GgufFile:
     """What was written, and what llama.cpp said of it.
 
     Args:
-        path: in the work folder.
-        name: in the output.
-        bytes: of it.
+        name: in the output; of the first part, where there are several.
+        parts: how many files hold the weights.
+        bytes: of them.
         served: for the report.
-        beside: what goes into the output beside it, by its name there.
-        digests: SHA-256 of all of them as they were written, by their names there.
+        files: what goes into the output, by its name there.
+        digests: SHA-256 of each, as it was written.
     """
 
-    path: Path
     name: str
+    parts: int
     bytes: int
     served: Served
-    beside: dict[str, Path]
+    files: dict[str, Path]
     digests: dict[str, str]
+
+
+class _ForStage(ForLlamaCpp):
+    """What a quantize stage leaves: the weights in one file or several, and an importance matrix if it made one."""
+
+    def write(self, folder: Path, path: Path, reporter: Reporter, name: str | None = None) -> "Written":
+        """Write a checkpoint to a file of this name, or to parts of it."""
+        from compress.exports.gguf.imatrix import export_imatrix
+
+        if (folder / SUMS).is_file():
+            export_imatrix(folder, folder / SUMS, path.with_name(_IMATRIX))
+        return super().write(folder, path, reporter, name)
 
 
 def writes_gguf(recipe: Recipe) -> bool:
@@ -56,29 +72,32 @@ def writes_gguf(recipe: Recipe) -> bool:
     return getattr(recipe.stages[-1], "format", None) == "gguf"
 
 
-def check_writable(recipe: Recipe, base: Checkpoint) -> None:
-    """Refuse, before any work, what could not be written at its end.
+def planned_files(planned: RunPlan) -> dict[str, int]:
+    """The bytes of each file with weights that a run will leave, by name; about so where a stage chooses its shape.
 
     Raises:
         RecipeError: no `gguf` package, or a model whose computation or tokenizer llama.cpp can't have.
     """
+    recipe = planned.recipe
     where = f"stages.{len(recipe.stages) - 1}.format"
     if missing := missing_extra("gguf", "gguf"):
         raise RecipeError([f"{where}: {missing}"])
-    from compress.exports.gguf.config import header_of
-    from compress.exports.gguf.tokenizer import tokenizer_keys
+    from compress.exports.gguf.sizes import planned_sizes
 
-    try:
-        header = header_of(base.folder, str(base.config.get("model_type")))
-        tokenizer_keys(base.folder, header.config.vocab_size)
-    except ModelError as error:
-        raise RecipeError([f"{where}: gguf can't hold this model: {error}"]) from None
+    stage, result = _stage_of(recipe), foreseen_result(planned)
+    with sketch_of(origin_of(planned), result.shapes.config) as sketch:
+        try:
+            return planned_sizes(sketch, result, stage.type, file_name(recipe), stage.split, recipe.name)
+        except ModelError as error:
+            said = str(error).replace(str(sketch), recipe.model)
+            raise RecipeError([f"{where}: gguf can't hold this model: {said}"]) from None
 
 
 def make_gguf(
-    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, fresh: bool, context: Context
-) -> GgufFile:
-    """Write the file in the work folder, once for each artefact, and ask llama.cpp about it.
+    recipe: Recipe, artefact: StageArtefact, base: Checkpoint, base_id: str, work: Path, fresh: bool, context: Context,
+    held: ExitStack,
+) -> GgufFile:  # fmt: skip
+    """Write the result in the work folder, once, and ask llama.cpp about it.
 
     Args:
         recipe: whose result it is.
@@ -88,65 +107,38 @@ def make_gguf(
         work: the work folder.
         fresh: write anew what was written before.
         context: where our reader computes, and who is told what happens.
+        held: holds on to the files.
     """
-    reporter = context.reporter
-    file, kept = _made(artefact.folder, artefact.key, recipe.name, work, fresh, reporter)
-    for remark in kept["remarks"]:
+    reporter, name = context.reporter, file_name(recipe)
+    exporter = _ForStage(ExportSpec(to="gguf", split=_stage_of(recipe).split))
+    kept = KeptExport(exporter, Source(artefact.folder, artefact.key, recipe.name), name, work, fresh, reporter)
+    kept.write(held)
+    for remark in kept.written.remarks:
         reporter.warn(remark)
-    served = _asked(recipe, artefact.folder, file, base, base_id, work, fresh, context)
-    name, sums = file_name(recipe), f"{stem_of(recipe.name)}.{_IMATRIX}"
-    beside, digests = {}, {name: kept["files"][file.name]}
-    if _IMATRIX in kept["files"]:
-        beside, digests[sums] = {sums: file.with_name(_IMATRIX)}, kept["files"][_IMATRIX]
-    return GgufFile(file, name, file.stat().st_size, served, beside, digests)
-
-
-def _made(
-    checkpoint: Path, key: str, name: str | None, work: Path, fresh: bool, reporter: Reporter
-) -> tuple[Path, dict[str, Any]]:
-    """The file of a checkpoint, and what was noted of it: remarks, and digests of what was written."""
-    from compress.exports.gguf.imatrix import export_imatrix
-    from compress.exports.gguf.write import CODE_VERSION, export_gguf
-
-    folder = work / "gguf" / fingerprint(key, side_digest(checkpoint), name, CODE_VERSION)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, imatrix, note = folder / "model.gguf", folder / _IMATRIX, folder / "note.json"
-    if fresh or not _is_whole(note, reporter):
-        note.unlink(missing_ok=True)
-    with made_once(note, lambda holder: reporter.say(f"waiting for {holder}, which writes it")) as missing:
-        if missing:
-            file.unlink(missing_ok=True)  # a damaged one would not be known as ours
-            if (checkpoint / SUMS).is_file():
-                export_imatrix(checkpoint, checkpoint / SUMS, imatrix)
-            remarks = export_gguf(checkpoint, file, "auto", None, reporter, name).remarks
-            files = {each.name: sha256(each) for each in (file, imatrix) if each.is_file()}
-            write_text(note, json.dumps({"remarks": remarks, "files": files}))
-        return file, json.loads(note.read_text(encoding="utf-8"))
-
-
-def _is_whole(note: Path, reporter: Reporter) -> bool:
-    """Whether all that a note tells of is as it was written."""
-    if not note.is_file():
-        return False
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        files = json.loads(note.read_text(encoding="utf-8"))["files"].items()
-        if all(sha256(note.with_name(name)) == digest for name, digest in files):
-            return True
-    reporter.say(f"{note.parent}: changed since it was written; writing it again")
-    return False
+    beside = None
+    if recipe.serve is not None:
+        whole = ForLlamaCpp(ExportSpec(to="gguf"))
+        beside = KeptExport(whole, Source(base.folder, base_id), "the base as .gguf", work, fresh, reporter)
+    sums = kept.path.with_name(_IMATRIX)
+    weights = {name: file for name, file in kept.files().items() if file != sums}
+    files = weights | ({f"{stem_of(recipe.name)}.{_IMATRIX}": sums} if sums in kept.digests else {})
+    first, size = next(iter(weights)), sum(file.stat().st_size for file in weights.values())
+    served = _asked(recipe, artefact.folder, weights[first], beside, context, held)
+    digests = {name: kept.digests[file] for name, file in files.items()}
+    return GgufFile(first, len(weights), size, served, files, digests)
 
 
 def _asked(
-    recipe: Recipe, checkpoint: Path, file: Path, base: Checkpoint, base_id: str, work: Path, fresh: bool,
-    context: Context,
-) -> Served:  # fmt: skip
+    recipe: Recipe, checkpoint: Path, file: Path, beside: KeptExport | None, context: Context, held: ExitStack
+) -> Served:
     """What llama.cpp says of the file; that it could not be asked, whatever the reason, is said and recorded."""
     reporter = context.reporter
     try:
-        beside = None if recipe.serve is None else _made(base.folder, base_id, None, work, fresh, reporter)[0]
+        if beside is not None:
+            beside.write(held)
         reporter.say("opening the file in llama.cpp")
-        types, trust = matrix_types(file), recipe.trust_remote_code
-        return served_in_llama_cpp(checkpoint, file, types, beside, context.device, trust)
+        base = None if beside is None else beside.path
+        return served_in_llama_cpp(checkpoint, file, matrix_types(file), base, context.device, recipe.trust_remote_code)
     except Exception as error:  # of memory, of disks, of our own reader: the file must not be lost by it
         reporter.warn(
             f"llama.cpp could not be asked about the file: {reason(error)}; mend this and run the same command again, "
@@ -157,14 +149,14 @@ def _asked(
 
 def verify_gguf(file: Path) -> list[Check]:
     """What can be said of a GGUF file: it is as it was written, and llama.cpp reads in it what our reader does."""
-    record, checks = read_record(file.parent), list[Check]()
+    record, parts, checks = read_record(file.parent), parts_of(file), list[Check]()
     if record is not None and file.name in record.files:
-        same = record.files[file.name] == sha256(file)
-        said = "as it was written (SHA-256)" if same else "changed since it was written"
-        checks.append(Check("file", same, f"{file.stat().st_size:,} bytes, {said}"))
+        changed = [part.name for part in parts if record.files.get(part.name) != sha256(part)]
+        said = f"changed since it was written: {', '.join(changed)}" if changed else "as it was written (SHA-256)"
+        checks.append(Check("file", not changed, f"{sum(part.stat().st_size for part in parts):,} bytes, {said}"))
     with TemporaryDirectory(prefix="dscompress-") as scratch:
         folder = resolve_model(str(file), None, Path(scratch), Reporter().say)
-        return [*checks, *check_in_llama_cpp(folder, file, matrix_types(file))[0]]
+        return [*checks, *check_in_llama_cpp(folder, parts[0], matrix_types(file))[0]]
 
 
 def matrix_types(file: Path) -> set[str]:
@@ -176,10 +168,15 @@ def matrix_types(file: Path) -> set[str]:
     return {GGMLQuantizationType(each.type).name for each in open_gguf(file).tensors.values() if len(each.shape) > 1}
 
 
+def _stage_of(recipe: Recipe) -> GgufStage:
+    stage = recipe.stages[-1]
+    assert isinstance(stage, GgufStage), "it was asked for"
+    return stage
+
+
 def file_name(recipe: Recipe) -> str:
-    """NAME-Q4_K_M.gguf."""
-    kind = str(getattr(recipe.stages[-1], "type", ""))
-    stem = stem_of(recipe.name)
+    """NAME-Q4_K_M.gguf, which parts have numbers added to."""
+    kind, stem = _stage_of(recipe).type, stem_of(recipe.name)
     return f"{stem if kind in stem.lower() else f'{stem}-{kind.upper()}'}.gguf"
 
 
@@ -189,7 +186,7 @@ def with_gguf(report: Report, made: GgufFile) -> Report:
     stages = [*report.stages[:-1], report.stages[-1].model_copy(update={"bytes": made.bytes})]
     return report.model_copy(
         update={
-            "compressed": report.compressed.model_copy(update=size | {"file": made.name}),
+            "compressed": report.compressed.model_copy(update=size | {"file": made.name, "files": made.parts}),
             "size_ratio": report.base.bytes / made.bytes,
             "stages": stages,
             "served": made.served,

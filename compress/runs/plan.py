@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from compress.data.sources import source_files
 from compress.errors import CalibrationError, ModelError, RecipeError
@@ -24,7 +25,7 @@ from compress.recipe.schema import Recipe
 from compress.recipe.text import CalibrationSpec, SourceSpec
 from compress.recipe.train import BASE, DistillStage, FinetuneStage
 from compress.recipe.types import StageSpec
-from compress.runs.foreseen import export_rows, memory_words, time_words
+from compress.runs.foreseen import export_rows, file_rows, memory_words, time_words
 from compress.stages import KINDS
 from compress.stages.contract import Place, Plan, Setting
 from compress.system.fingerprint import sha256
@@ -115,11 +116,12 @@ class RunPlan:
         found: Plan = KINDS[part.spec.kind].plan().plan(part.spec, shapes, setting)
         return found
 
-    def lines(self, work: Path) -> list[str]:
+    def lines(self, work: Path, files: Mapping[str, int] = MappingProxyType({})) -> list[str]:
         """What a dry run prints.
 
         Args:
             work: folder for intermediate artefacts.
+            files: bytes of those that hold the weights, by name, where they are no safetensors.
         """
         assert self.base is not None, "a dry run has the model"
         free = size(shutil.disk_usage(_existing(work)).free)
@@ -139,7 +141,7 @@ class RunPlan:
                 rows.append(("time", words))
         said = task_lines(self.recipe.evaluate, self.base, self.place.device, self.place.width, work)
         rows += [("tasks", line) for line in said]
-        rows += [*export_rows(self), ("output", self.recipe.output)]
+        rows += [*file_rows(self, files), *export_rows(self), ("output", self.recipe.output)]
         return [f"{label:<9}{text}" for label, text in rows]
 
 

@@ -45,7 +45,7 @@ from compress.runs.builds import check_planned
 from compress.runs.exported import check_exports, make_exports, note_unasked
 from compress.runs.exporters import Exporter
 from compress.runs.foreseen import place_now, with_forecast
-from compress.runs.gguf_file import check_writable, make_gguf, with_gguf, writes_gguf
+from compress.runs.gguf_file import make_gguf, planned_files, with_gguf, writes_gguf
 from compress.runs.measure import Measurement, answers, calibration_of, prompts_of, read_windows, with_figures
 from compress.runs.plan import RunPlan, other_models, plan_run
 from compress.runs.tracked import track
@@ -212,7 +212,7 @@ class _Job:
             self.reporter.warn(line)
         gguf = writes_gguf(recipe)  # which llama.cpp serves
         if gguf:
-            check_writable(recipe, base)
+            planned_files(self.planned)
         self.exporters = check_exports(self.planned) if distributed.rank() == 0 else []
         note_unasked(self.exporters, self.reporter)
         self.engine = None
@@ -262,7 +262,7 @@ class _Job:
         if found is None:
             return artefact, None
         self.reporter.say(f"{spec.kind}: finished before, taken from {artefact.folder}")
-        return artefact, found.stage.model_copy(update={"cached": True})
+        return artefact, found.stage.model_copy(update={"cached": True, "spec": spec.model_dump(mode="json")})
 
     def sharing(self, parent_id: str) -> Context:
         """The context of a stage on this parent, with the folder that it may share with other runs' stages."""
@@ -300,18 +300,15 @@ class _Job:
 
     def finish(self, stages: list[records.Stage]) -> records.Report:
         """Measure the result and write it to the output."""
-        made, recipe, last = None, self.recipe, self.made[-1]
+        recipe, last = self.recipe, self.made[-1]
         with ExitStack() as held:
-            if writes_gguf(recipe):
-                made = make_gguf(recipe, last, self.base, self.base_id, self.work, self.fresh, self.context)
-            exported = make_exports(self.exporters, recipe, last, self.work, self.fresh, self.context, held)
-            report = exported.added_to(self._report(stages))
-            if made is not None:
-                report = with_gguf(report, made)
-            file, beside, digests = None, exported.files, exported.digests
-            if made is not None:  # there are no exports beside it
-                file, beside, digests = (made.path, made.name), made.beside, made.digests
-            write_output(last.folder, self.output, report, file, beside, digests)
+            if writes_gguf(recipe):  # there are no exports beside it
+                gguf = make_gguf(recipe, last, self.base, self.base_id, self.work, self.fresh, self.context, held)
+                report, files, digests = with_gguf(self._report(stages), gguf), gguf.files, gguf.digests
+            else:
+                made = make_exports(self.exporters, recipe, last, self.work, self.fresh, self.context, held)
+                report, files, digests = made.added_to(self._report(stages)), made.files, made.digests
+            write_output(last.folder, self.output, report, files, digests)
         track(report, recipe.tracker, self.work, self.reporter)
         return report
 

@@ -59,16 +59,19 @@ def _add_squares(total: Tensor, _: torch.nn.Module, inputs: tuple[Tensor], __: T
 
 def mean_squares(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """Of the inputs of each linear inside the layers, [I], by its name in a GGUF file, on tokens [N, S]."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     head = model.get_output_embeddings()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    found = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in linears.items()}
+    found = {
+        name: torch.zeros(module.in_features, dtype=torch.float64, device=device) for name, module in linears.items()
+    }
     for name, module in linears.items():
         module.register_forward_hook(partial(_add_squares, found[name]))
     with torch.no_grad():
         for batch in tokens.split(8):
-            model.model(batch)
-    return {name: (total / tokens.numel()).float() for name, total in found.items()}
+            model.model(batch.to(device))
+    return {name: (total / tokens.numel()).float().cpu() for name, total in found.items()}
 
 
 def by_llama(ours: Path, base: Path, file: Path, importance: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from compress.errors import ModelError
 from compress.evaluation.llama_cpp import LlamaAnswer, ask_llama_cpp, llama_cpp_missing
 from compress.exports.gguf.tokenizer import tokenizer_keys
+from compress.model.gguf.convert import convert
 from compress.model.gguf.header import open_gguf
 from compress.model.gguf.odd_texts import ODD_TEXTS
 from compress.model.gguf.tokenizer import WORDS
@@ -158,6 +159,30 @@ def test_keys_of_a_tokenizer(tmp_path: Path) -> None:
     assert ours["tokens"][4096:] == [f"[PAD{number}]" for number in range(4096, 4100)]
     assert ours["token_type"][4096:] == [5] * 4 and ours["token_type"][0] == 3
     assert keys["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_named_chat_templates_go_out_and_in(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model")
+    (original / "chat_template.jinja").write_text("{{ messages }}")
+    (original / "additional_chat_templates").mkdir()
+    (original / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    keys = tokenizer_keys(original, 4096)
+    assert keys["tokenizer.chat_template"] == "{{ messages }}"
+    assert keys["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert keys["tokenizer.chat_templates"] == ["tool_use"]
+    convert(written(original, tmp_path / "model.gguf").files[0], tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == {
+        "default": "{{ messages }}",
+        "tool_use": "{{ tools }}",
+    }
+
+
+def test_rows_without_tokens_stay_unused(tmp_path: Path) -> None:
+    original = make_model(tmp_path / "model", vocab_size=4100)
+    convert(written(original, tmp_path / "model.gguf").files[0], tmp_path)
+    keys = tokenizer_keys(tmp_path, 4100)
+    assert keys["tokenizer.ggml.tokens"][4096:] == [f"[PAD{number}]" for number in range(4096, 4100)]
+    assert keys["tokenizer.ggml.token_type"][4096:] == [5] * 4
 
 
 @pytest.mark.parametrize(

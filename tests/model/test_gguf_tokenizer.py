@@ -157,6 +157,20 @@ def test_gemma_has_the_order_of_its_tokens() -> None:
     assert make_tokenizer(header(shuffled, "gemma2"))(text)["input_ids"] == [1, *by_the_paper(keys, text, False)]
 
 
+def test_a_chat_template_with_a_path_for_a_name_is_left_out() -> None:
+    given = header(BYTE_LEVEL)
+    names = {"": "{{ a }}", ".tool_use": "{{ b }}", "../x": "{{ c }}", ".../x": "{{ d }}"}
+    given.keys.update({f"tokenizer.chat_template{name}": text for name, text in names.items()})
+    assert make_tokenizer(given).chat_template == {"default": "{{ a }}", "tool_use": "{{ b }}"}
+
+
+def test_a_chat_template_that_is_no_text() -> None:
+    given = header(BYTE_LEVEL)
+    given.keys["tokenizer.chat_template"] = 5
+    with pytest.raises(ModelError, match=f"^model: model.gguf: tokenizer.chat_template is no text; {REMEDY}$"):
+        make_tokenizer(given)
+
+
 BYTE_LEVEL = byte_level(TOKENIZER)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": ({}, f"has no tokenizer; {REMEDY}"),

@@ -53,7 +53,7 @@ def _record(layers: int = 3) -> dict[str, Any]:
         "compressed": {
             "path": "out/tiny", "bytes": int(compressed), "parameters": parameters,
             "bits_per_weight": 8 * compressed / parameters, "quantized_bits_per_weight": 4.5,
-            "format": "compressed-tensors", "file": None,
+            "format": "compressed-tensors", "file": None, "files": None,
         },
         "size_ratio": 2 * parameters / compressed,
         "quality": {

@@ -8,6 +8,7 @@ Shapes: O output rows, I input columns.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ class Tensors:
 
     def _entry(self, source: str, shape: tuple[int, ...], kind: str, carry: bool) -> Entry:
         module, _, part = source.rpartition(".")
-        name = self._names().get_name(module)
+        name = self._names.get_name(module)
         target = self.header.target
         if name is None or (part == "bias" and module.rpartition(".")[2] not in target.biases):
             raise self._error(f"has {source}, for which llama.cpp's {target.architecture} has no place")
@@ -153,6 +154,7 @@ class Tensors:
         blocked = as_blocks(self.view.quantized(module))
         return None if blocked is None else blocked.type
 
+    @cached_property
     def _names(self) -> Any:
         architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.header.target.architecture)
         return get_tensor_name_map(architecture, self.header.config.num_hidden_layers)

@@ -51,10 +51,18 @@ def tokenizer_keys(folder: Path, rows: int, trust_remote_code: bool = False, nam
     keys |= {"tokens": tokens, "token_type": kinds, **_special(folder, tokenizer)}
     found = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
     found["general.name"] = _name(name or folder.resolve().name, state, tokens)
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return found | ({"tokenizer.chat_template": template} if template else {})
+    return found | _templates(tokenizer.chat_template)
+
+
+def _templates(given: str | dict[str, str] | None) -> dict[str, Any]:
+    """How chats are written; llama.cpp takes the template named tool_use, where there is one, for chats with tools."""
+    every = dict(given) if isinstance(given, dict) else {"default": given}
+    default = every.pop("default", None)
+    named = {re.sub(r"\W", "_", name, flags=re.ASCII): template for name, template in every.items() if template}
+    keys: dict[str, Any] = {f"tokenizer.chat_template.{name}": template for name, template in named.items()}
+    if named:
+        keys["tokenizer.chat_templates"] = list(named)
+    return keys | ({"tokenizer.chat_template": default} if default else {})
 
 
 def _name(name: str, state: dict[str, Any], tokens: Sequence[str]) -> str:
@@ -85,7 +93,9 @@ def _tokens(folder: Path, state: dict[str, Any], rows: int) -> tuple[list[str], 
             continue
         token = named[number]
         tokens.append(token)
-        if falls_back and token == unknown:
+        if number not in added and token in (f"[PAD{number}]", f"[UNUSED{number}]"):  # of a GGUF file that was read
+            kinds.append(_UNUSED)
+        elif falls_back and token == unknown:
             kinds.append(_UNKNOWN)
         elif number in added:
             kinds.append(_CONTROL if added[number]["special"] else _USER_DEFINED)

@@ -8,7 +8,7 @@ import errno
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +19,18 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
 from compress import __version__
 from compress.errors import ModelError, OutputError
-from compress.exports.gguf.config import header_of
-from compress.exports.gguf.tensors import Tensors
+from compress.exports.gguf.config import Header, header_of
+from compress.exports.gguf.tensors import Entry, Tensors
 from compress.exports.gguf.tokenizer import tokenizer_keys
 from compress.formats.ggml_mixes import MIXES
 from compress.model.checkpoint import Checkpoint
 from compress.model.gguf.header import is_gguf, open_gguf
-from compress.model.shapes import model_dtype
+from compress.model.shapes import Shapes, model_dtype
 from compress.system.files import beside, make_writable, writing
 from compress.system.progress import Advance, Reporter
 from compress.system.units import size
 
-CODE_VERSION = 1  # raised when the same checkpoint gives another file
+CODE_VERSION = 2  # raised when the same checkpoint gives another file
 _MARK = "dscompress.version"  # a file with this key is ours, and may be replaced
 _FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
@@ -97,7 +97,7 @@ def export_gguf(
     check_replaceable(file)
     header = header_of(folder, str(checkpoint.config.get("model_type")))
     words = tokenizer_keys(folder, header.config.vocab_size, name=name)
-    dtype = _own_type(checkpoint)
+    dtype = own_type(checkpoint)
     tensors = Tensors(checkpoint, header, dtype if kind == "auto" else kind.upper(), kind == "auto")
     types = Counter(entry.type.name for entry in tensors.entries)
     matrices = Counter(entry.type.name for entry in tensors.entries if len(entry.shape) > 1)
@@ -105,8 +105,7 @@ def export_gguf(
     mix = str((checkpoint.config.get("quantization_config") or {}).get("mix"))
     known = kind == "auto" and mix in MIXES
     number = MIXES[mix].number if known else int(_FILE_TYPES.get(wanted, LlamaFileType.GUESSED))
-    keys = _general(folder, number) | words
-    keys |= {f"{header.target.architecture}.{name}": value for name, value in header.keys.items()}
+    keys = keys_of(folder, header, words, number)
     files = _write(tensors, keys, file, split_bytes, reporter)
     carried = sum(entry.carried is not None for entry in tensors.entries)
     total = sum(each.stat().st_size for each in files)
@@ -114,8 +113,8 @@ def export_gguf(
     return Written(files, total, dict(types), sorted(matrices), carried, remarks)
 
 
-def _own_type(checkpoint: Checkpoint) -> str:
-    """The type of the checkpoint's own dtype."""
+def own_type(checkpoint: Shapes) -> str:
+    """The type of a checkpoint's own dtype."""
     if not checkpoint.config.get("quantization_config"):
         return model_dtype(checkpoint)
     said = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
@@ -141,8 +140,15 @@ def _losses(tensors: Tensors, carried: int, kind: str, dtype: str, total: int) -
     return lines
 
 
-def _general(folder: Path, file_type: int) -> dict[str, Any]:
-    """Keys that every file has."""
+def keys_of(folder: Path, header: Header, words: Mapping[str, Any], file_type: int) -> dict[str, Any]:
+    """All keys of a header, in their order.
+
+    Args:
+        folder: the checkpoint.
+        header: what follows from its config.
+        words: of its tokenizer.
+        file_type: llama.cpp's number of a mix.
+    """
     keys = {
         "general.type": "model",
         "general.file_type": file_type,
@@ -151,7 +157,8 @@ def _general(folder: Path, file_type: int) -> dict[str, Any]:
     }
     if licence := _licence(folder):
         keys["general.license"] = licence
-    return keys
+    own = {f"{header.target.architecture}.{name}": value for name, value in header.keys.items()}
+    return {**keys, **words, **own}
 
 
 def _licence(folder: Path) -> str | None:
@@ -190,11 +197,7 @@ def _write(
     with writing(file.parent), beside(file) as scratch:
         writer = GGUFWriter(scratch / file.name, tensors.header.target.architecture, split_max_size=split_bytes or 0)
         try:
-            for name, value in keys.items():
-                _add(writer, name, value)
-            for entry in tensors.entries:
-                shape = entry.byte_shape
-                writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=entry.type)
+            lay_out(writer, keys, tensors.entries)
             names = writer.format_shard_names(file)
             for each in names:
                 check_replaceable(each)
@@ -205,11 +208,25 @@ def _write(
         return [(scratch / each.name).replace(each) for each in names]
 
 
-def _stream(writer: GGUFWriter, tensors: Tensors, task: AbstractContextManager[Advance]) -> None:
-    """The header, then one tensor after the other, down to the disk."""
+def lay_out(writer: GGUFWriter, keys: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Tell a writer what there will be, by which it knows how many files that makes."""
+    for name, value in keys.items():
+        _add(writer, name, value)
+    for entry in entries:
+        shape = entry.byte_shape
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=entry.type)
+
+
+def write_headers(writer: GGUFWriter) -> None:
+    """All that goes before the tensors, of each file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+def _stream(writer: GGUFWriter, tensors: Tensors, task: AbstractContextManager[Advance]) -> None:
+    """The header, then one tensor after the other, down to the disk."""
+    write_headers(writer)
     with task as advance:
         for entry in tensors.entries:
             writer.write_tensor_data(tensors.load(entry))

@@ -5,6 +5,7 @@ sentencepiece, whose merges follow from the scores. Words are split as in the to
 is named after.
 """
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,21 @@ def make_tokenizer(gguf: Gguf) -> "PreTrainedTokenizerFast":
     named = {name.removesuffix("_id"): None if no is None else tokens[no] for name, no in ids.items()}
     _add_ends(gguf, made, named, ids)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(tokenizer_object=made, **named)
-    tokenizer.chat_template = gguf.keys.get("tokenizer.chat_template")
+    tokenizer.chat_template = _templates(gguf)
     return tokenizer
+
+
+def _templates(gguf: Gguf) -> str | dict[str, str] | None:
+    """How chats are written: the template, or all by name where others are beside it. Their names become files'."""
+    key = "tokenizer.chat_template"
+    found = {name: value for name, value in gguf.keys.items() if name == key or name.startswith(f"{key}.")}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise gguf.error(f"{name} is no text; {REMEDY}")
+    default = found.pop(key, None)
+    named = {name.removeprefix(f"{key}."): value for name, value in found.items()}
+    named = {name: value for name, value in named.items() if value and re.fullmatch(r"\w{1,64}", name, re.ASCII)}
+    return {**named, "default": default} if default and named else default
 
 
 def _checked(gguf: Gguf) -> tuple[list[str], str]:
