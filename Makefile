@@ -6,7 +6,7 @@
 #   make bench         the quickstart again from nothing; its report holds the time and memory of every stage
 #   make test-lowest   the tests with the lowest supported versions, in an environment of their own
 #   make clients       vLLM on a CPU, ONNX Runtime GenAI and OpenVINO in environments of their own (3.4, 1.3 and 1.6 GB),
-#                      and every format opened by them
+#                      every format opened by them, and tokenizers beside those in llama.cpp's sources (0.2 GB)
 #   make clean         remove environments, builds and caches (never outputs)
 #
 # With a GPU: TORCH names the build to install (make test TORCH=torch==2.15.0); a torch that VENV already has is kept.
@@ -25,6 +25,9 @@ STAMP := $(VENV)/.dscompress-installed
 CLIENTS := .venv-vllm
 ORT := .venv-ort
 OPENVINO := .venv-openvino
+
+# With the vocabularies of real models that llama.cpp's own tests use, and their tokens.
+LLAMA_CPP_SOURCES ?= build/llama-cpp
 
 .PHONY: quickstart test check bench test-lowest clients clean
 
@@ -46,7 +49,8 @@ test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 clients: $(STAMP) $(CLIENTS)/.dscompress-installed $(ORT)/.dscompress-installed $(OPENVINO)/.dscompress-installed
-	$(BIN)/python -m pytest -m clients $(ARGS) tests/clients
+clients: $(LLAMA_CPP_SOURCES)
+	LLAMA_CPP_SOURCES=$(LLAMA_CPP_SOURCES) $(BIN)/python -m pytest -m clients $(ARGS) tests/clients
 	$(BIN)/python tests/support/vllm_table.py
 
 clean:
@@ -94,3 +98,12 @@ $(OPENVINO)/.dscompress-installed: constraints.txt
 	  openvino-tokenizers==2026.4.1.0
 	$(OPENVINO)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
+
+# As the source archive of llama-cpp-python carries them, whose wheel is not needed.
+build/llama-cpp:
+	rm -rf $@.part
+	mkdir -p $@.part
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: -d $@.part llama-cpp-python==0.3.36
+	tar xzf $@.part/llama_cpp_python-0.3.36.tar.gz -C $@.part --strip-components=1
+	rm $@.part/llama_cpp_python-0.3.36.tar.gz
+	mv $@.part $@

@@ -1,9 +1,8 @@
 """Tokenizers of real models, from the vocabularies that llama.cpp's sources carry for its own tests.
 
-    LLAMA_CPP_SOURCES=FOLDER make clients
-
-FOLDER is a source tree of llama.cpp, or the unpacked source archive of llama-cpp-python, which holds one. Beside a
-vocabulary lie texts (.inp) and the tokens that the model's own tokenizer makes of them (.out), nothing put in front.
+LLAMA_CPP_SOURCES names a source tree of llama.cpp, or the unpacked source archive of llama-cpp-python, which holds one
+(`make clients` fetches it). Beside a vocabulary lie texts (.inp) and the tokens that the model's own tokenizer makes of
+them (.out), nothing put in front.
 """
 
 import os
