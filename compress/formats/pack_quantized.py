@@ -17,9 +17,9 @@ What loaders make of it:
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-import compressed_tensors
 import torch
 from torch import Tensor
 
@@ -147,7 +147,7 @@ def quantization_config(
             "output_activations": None,
             "format": "pack-quantized",
         }
-    config = {
+    config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -155,7 +155,7 @@ def quantization_config(
         "ignore": list(unquantized),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "version": compressed_tensors.__version__,
+        "version": version("compressed-tensors"),
     }
     if len(groups) == 1 and _needs_dequantize(grids, embeddings):
         config["dequantize"] = True

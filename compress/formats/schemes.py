@@ -6,16 +6,18 @@ one that runs is worse than none. The reader puts the folder in front of each me
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from compressed_tensors import __version__
-from compressed_tensors.quantization import QuantizationConfig
 from pydantic import ValidationError
 
 from compress.errors import ModelError
 from compress.formats.base import Scheme
 from compress.formats.facts import FLOAT_QUANTIZED, INT_QUANTIZED, PACK_QUANTIZED, READABLE
 from compress.formats.patterns import also_called
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationConfig
 
 LAYOUTS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
 _MIXED = "mixed-precision"
@@ -113,8 +115,11 @@ def _matches(name: str, pattern: str) -> bool:
     return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
 
 
-def _parsed(config: Mapping[str, Any]) -> QuantizationConfig:
+def _parsed(config: Mapping[str, Any]) -> "QuantizationConfig":
     """The config as compressed-tensors understands it, with its defaults."""
+    from compressed_tensors.quantization import QuantizationConfig  # here, because its import takes seconds
+
+    by = f"compressed-tensors {version('compressed-tensors')}"
     try:
         parsed = QuantizationConfig.model_validate(config)
         for pattern in [*(parsed.ignore or []), *(t for group in parsed.config_groups.values() for t in group.targets)]:
@@ -123,9 +128,9 @@ def _parsed(config: Mapping[str, Any]) -> QuantizationConfig:
         first = error.errors()[0]
         place = ".".join(part for part in map(str, first["loc"]) if re.fullmatch("[a-z0-9_]+", part))  # no classes
         said = first["msg"].removeprefix("Value error, ")
-        raise ModelError(f"quantization_config.{place}: {said} (compressed-tensors {__version__})") from error
+        raise ModelError(f"quantization_config.{place}: {said} ({by})") from error
     except (NotImplementedError, ValueError, re.error) as error:
-        raise ModelError(f"quantization_config: {error} (compressed-tensors {__version__})") from error
+        raise ModelError(f"quantization_config: {error} ({by})") from error
     return parsed
 
 

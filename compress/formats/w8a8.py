@@ -10,9 +10,9 @@ every attention backend, and a scale per head with Flash Attention only.
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-import compressed_tensors
 import torch
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def quantization_config(
         "ignore": list(unquantized),
         "kv_cache_scheme": None if cache is None else _arguments(True, cache),
         "global_compression_ratio": None,
-        "version": compressed_tensors.__version__,
+        "version": version("compressed-tensors"),
     }
 
 

@@ -18,7 +18,7 @@ from compress.system.locks import FileLock
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 
-_PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.gguf)")  # as gguf-split calls them
+_PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.(?i:gguf))")  # as gguf-split calls them
 _GGUF_VERSION = 4  # of what is made of a GGUF file
 
 

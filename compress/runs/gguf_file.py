@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from compress.errors import ModelError, RecipeError, reason
@@ -76,7 +76,8 @@ def planned_files(planned: RunPlan) -> dict[str, int]:
     """The bytes of each file with weights that a run will leave, by name; about so where a stage chooses its shape.
 
     Raises:
-        RecipeError: no `gguf` package, or a model whose computation or tokenizer llama.cpp can't have.
+        RecipeError: no `gguf` package, a model whose computation or tokenizer llama.cpp can't have, or no
+            room for headers.
     """
     recipe = planned.recipe
     where = f"stages.{len(recipe.stages) - 1}.format"
@@ -91,6 +92,9 @@ def planned_files(planned: RunPlan) -> dict[str, int]:
         except ModelError as error:
             said = str(error).replace(str(sketch), recipe.model)
             raise RecipeError([f"{where}: gguf can't hold this model: {said}"]) from None
+        except OSError as error:  # a file for each part's header
+            said = f"{error.strerror} in {gettempdir()}, where the headers of all files are laid out"
+            raise RecipeError([f"{where}: {said}; make room there, set TMPDIR, or make split larger"]) from None
 
 
 def make_gguf(

@@ -45,6 +45,10 @@ def plan_points(points: Sequence[Planned], folder: Path, models: dict[str, Path]
                 from compress.runs.exported import check_exports  # here, because it imports torch
 
                 check_exports(plan)
+            if getattr(plan.recipe.stages[-1], "format", None) == "gguf":
+                from compress.runs.gguf_file import planned_files  # likewise
+
+                planned_files(plan)
         except RecipeError as error:
             problems += [f"{point.name}: {problem}" for problem in error.problems]
         except (ModelError, OutputError) as error:

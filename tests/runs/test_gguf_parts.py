@@ -223,6 +223,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
     "tied, float32, some left": (
         {"tie_word_embeddings": True, "dtype": torch.float32}, {"ignore": ["*.down_proj"]}, (),
     ),
+    "no dtype, float32, some left": ({"dtype": torch.float32}, {"ignore": ["*.down_proj"]}, ()),
     "float16 and overrides": ({"dtype": torch.float16}, {"overrides": {"*.q_proj": {"type": "q4_0"}}}, ()),
     "gemma3": ({"family": "gemma3_text", "query_pre_attn_scalar": 16}, {}, ()),
     "qwen2": ({"family": "qwen2"}, {}, ()),
@@ -242,6 +243,9 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
 def test_files_are_planned_to_the_byte(name: str, split: str | None, folder: Path) -> None:
     config, stage, before = OTHERS[name]
     model = make_model(folder / "model", **{"intermediate_size": 128} | config)
+    if name.startswith("no dtype"):
+        said = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({key: said[key] for key in said if key != "dtype"}))
     write(folder, model, split, before, **stage)
     expected = planned()
     assert (len(expected) > 1) == (split is not None)

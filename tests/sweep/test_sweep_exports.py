@@ -1,5 +1,6 @@
 """Points of a sweep that export: refused and counted before any work, promoted with what they have, or not kept."""
 
+import json
 import re
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_what_no_point_could_export_is_refused_of_all_at_once(folder: Path, dry:
     assert [line.partition(": export.1: ")[0] for line in said] == ["error: bits=4", "error: bits=8"]
     assert all("model.layers.0.mlp.down_proj and " in line and "kept their weights" in line for line in said)
     assert not (folder / "out").exists() or not any((folder / "out").iterdir())
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_llama_cpp_can_not_have_is_refused_of_all_at_once(folder: Path, dry: list[str]) -> None:
+    recipe = yaml.safe_load((folder / "r.yaml").read_text())
+    recipe["stages"] = [{"kind": "quantize", "format": "gguf", "type": "q8_0", "method": "rtn"}]
+    recipe["export"] = []
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    file = Path(recipe["model"]) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    done = invoke("sweep", folder / "r.yaml", "--device", "cpu", "--over", "stages.0.type=q8_0,q4_0", *dry)
+    assert done.exit_code == 2 and Here.made == []
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" can't hold")[0] for line in said] == [
+        f"error: type={kind}: stages.0.format: gguf" for kind in ("q8_0", "q4_0")
+    ]
 
 
 def test_something_of_the_users_in_a_points_place_is_told_by_its_name(folder: Path) -> None:
