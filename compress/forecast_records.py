@@ -11,7 +11,7 @@ class Forecast(Typed):
     """What a stage is expected to take; None: not known.
 
     Args:
-        output_bytes: of its safetensors files, to the byte; nearly so where it is `about`.
+        output_bytes: of the files with its weights, to the byte; nearly so where it is `about`.
         about: whether what it writes is settled only as it runs (a shape that is chosen, a method that is compared).
         memory_bytes: most memory that the process has resident, libraries included.
         gpu_memory_bytes: most memory that is allocated on the GPU.

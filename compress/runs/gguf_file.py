@@ -184,10 +184,14 @@ def file_name(recipe: Recipe) -> str:
     return f"{stem if kind in stem.lower() else f'{stem}-{kind.upper()}'}.gguf"
 
 
-def with_gguf(report: Report, made: GgufFile) -> Report:
-    """The report, with the file's size for the checkpoint's, and what llama.cpp said of it."""
+def with_gguf(report: Report, made: GgufFile, planned: int) -> Report:
+    """The report, with bytes of the .gguf files for the checkpoint's, planned ones too, and what llama.cpp said."""
     size = {"bytes": made.bytes, "bits_per_weight": 8 * made.bytes / report.compressed.parameters}
-    stages = [*report.stages[:-1], report.stages[-1].model_copy(update={"bytes": made.bytes})]
+    *before, last = report.stages
+    about = any(stage.forecast is None or stage.forecast.about for stage in before)
+    if (forecast := last.forecast) is not None:
+        forecast = forecast.model_copy(update={"output_bytes": planned, "about": about})
+    stages = [*before, last.model_copy(update={"bytes": made.bytes, "forecast": forecast})]
     return report.model_copy(
         update={
             "compressed": report.compressed.model_copy(update=size | {"file": made.name, "files": made.parts}),

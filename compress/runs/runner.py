@@ -211,8 +211,7 @@ class _Job:
         for line in self.planned.warnings:
             self.reporter.warn(line)
         gguf = writes_gguf(recipe)  # which llama.cpp serves
-        if gguf:
-            planned_files(self.planned)
+        self.gguf_bytes = sum(planned_files(self.planned).values()) if gguf else 0
         self.exporters = check_exports(self.planned) if distributed.rank() == 0 else []
         note_unasked(self.exporters, self.reporter)
         self.engine = None
@@ -304,7 +303,8 @@ class _Job:
         with ExitStack() as held:
             if writes_gguf(recipe):  # there are no exports beside it
                 gguf = make_gguf(recipe, last, self.base, self.base_id, self.work, self.fresh, self.context, held)
-                report, files, digests = with_gguf(self._report(stages), gguf), gguf.files, gguf.digests
+                report = with_gguf(self._report(stages), gguf, self.gguf_bytes)
+                files, digests = gguf.files, gguf.digests
             else:
                 made = make_exports(self.exporters, recipe, last, self.work, self.fresh, self.context, held)
                 report, files, digests = made.added_to(self._report(stages)), made.files, made.digests

@@ -93,6 +93,8 @@ def test_the_parts_are_the_planned_ones_and_one_model(folder: Path, model: Path)
     report = Report.model_validate_json((out / "report.json").read_bytes())
     assert (report.compressed.file, report.compressed.files) == (parts(3)[0], 3)
     assert report.compressed.bytes == report.stages[-1].bytes == sum(expected.values())
+    forecast = report.stages[-1].forecast
+    assert forecast is not None and (forecast.output_bytes, forecast.about) == (sum(expected.values()), False)
     assert report.size_ratio == report.base.bytes / sum(expected.values())
     card = (out / "README.md").read_text()
     assert f"The weights are in `{parts(3)[0]}` and the 2 other parts beside it, for llama.cpp" in card
