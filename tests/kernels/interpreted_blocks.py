@@ -137,7 +137,10 @@ def rounding_loss(weight: Tensor, importance: Tensor, units: Units, multiples: M
 
 @each_kind
 def test_search(kind: BlockType) -> None:
-    """Units and multiples are the twin's, but for one row in 20 at most, and each row loses as much within 5 %."""
+    """Units and multiples are the twin's, but for one row in 20 at most, whose losses are within 20 %.
+
+    Units that tie in the search need not lose the same with the multiples that are chosen for them then.
+    """
     weight, importance = sub_blocks(kind)
     some = weight[-2:].contiguous()
     wanted = block_scales.block_units(weight, importance, kind)
@@ -153,7 +156,8 @@ def test_search(kind: BlockType) -> None:
             own = Units(*each) if units is None else units
             times = block_scales.sub_multiples(part, importance[-len(part) :], own, kind) if units is None else each
             losses.append(rounding_loss(part, importance[-len(part) :], own, Multiples(*times), kind))
-        torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=1e-12)
+        torch.testing.assert_close(losses[0][~differ], losses[1][~differ], rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(losses[0], losses[1], rtol=0.2, atol=1e-12)
 
 
 def test_programs_of_rows_and_sub_blocks_keep_to_their_own() -> None:
