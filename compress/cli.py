@@ -370,7 +370,7 @@ def _print_plan(
 
 def _gguf_files(planned: "RunPlan") -> dict[str, int]:
     """The bytes of each .gguf file that the recipe itself leaves, by name."""
-    if getattr(planned.recipe.stages[-1], "format", None) != "gguf":
+    if not planned.recipe.writes_gguf:
         return {}
     from compress.runs.gguf_file import planned_files  # here, because it imports torch
 

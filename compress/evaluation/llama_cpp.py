@@ -26,7 +26,7 @@ from compress.evaluation.odd_tokens import odd_tokens, same_tokens
 from compress.evaluation.served import agreement
 from compress.evaluation.verify import Check, own_logits, probe_prompt
 from compress.model.checkpoint import Checkpoint
-from compress.model.source import parts_of
+from compress.model.gguf.header import parts_of
 from compress.served_records import Apart, ServedPace
 from compress.system.compute import pick_device
 from compress.system.distributed import alone

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compress.formats.facts import TORCHAO, Matrix, scale_dtype
-
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+from compress.model.shapes import DTYPE_NAMES
 
 
 def metadata(matrices: Sequence[Matrix], others: Iterable[str], model: str) -> dict[str, str]:
@@ -28,7 +27,7 @@ def metadata(matrices: Sequence[Matrix], others: Iterable[str], model: str) -> d
 
 def _described(matrix: Matrix, model: str) -> dict[str, Any]:
     block = {"block_size": [1, matrix.shape[1] // matrix.groups]}
-    dtype = {"dtype": _tagged("torch.dtype", _DTYPES[scale_dtype(TORCHAO, model)])}
+    dtype = {"dtype": _tagged("torch.dtype", DTYPE_NAMES[scale_dtype(TORCHAO, model)])}
     if matrix.bits == 8:
         rounding = {
             "granularity": _tagged("PerRow", {"dim": -1}),

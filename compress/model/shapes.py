@@ -15,7 +15,8 @@ from compress.model.names import layers_prefix, says_tied
 
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.weight")
 FLOATS = ("BF16", "F16", "F32")
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # in config.json, by those in safetensors
+_DTYPES = {name: stored for stored, name in DTYPE_NAMES.items()}
 
 
 class Shapes(Protocol):

@@ -1,8 +1,6 @@
 """From what a recipe calls a model to a checkpoint folder: a folder, a hub id, a GGUF file, a file in a package."""
 
-import glob
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +9,13 @@ from pathlib import Path
 
 from compress.errors import ModelError
 from compress.model.gguf.config import model_config
-from compress.model.gguf.header import is_gguf, open_gguf
+from compress.model.gguf.header import is_gguf, open_gguf, parts_of
 from compress.system.files import commit
 from compress.system.fingerprint import content_digest, fingerprint
 from compress.system.locks import FileLock
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 
-_PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.(?i:gguf))")  # as gguf-split calls them
 _GGUF_VERSION = 4  # of what is made of a GGUF file
 
 
@@ -59,13 +56,6 @@ def gguf_of(path: Path) -> Path | None:
         found = [file for file in found if not f".{file.name}".endswith(".imatrix.gguf")]  # sums of inputs, no model
         return found[0] if found and found == parts_of(found[0]) else None
     return path if path.suffix.lower() == ".gguf" or is_gguf(path) else None
-
-
-def parts_of(file: Path) -> list[Path]:
-    """The files of a model that was split, those that are there, by the name of one of them; of another, itself."""
-    if (named := _PART.fullmatch(file.name)) is None:
-        return [file]
-    return sorted(file.parent.glob(f"{glob.escape(named[1])}-[0-9][0-9][0-9][0-9][0-9]{glob.escape(named[2])}"))
 
 
 def looks_local(reference: str) -> bool:

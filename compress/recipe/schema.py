@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.recipe.export import Export, stem_of
+from compress.recipe.gguf import GgufStage
 from compress.recipe.sweep import Sweep
 from compress.recipe.text import CalibrationSpec
 from compress.recipe.train import TrackerName
@@ -196,6 +197,11 @@ class Recipe(Closed):
         if twice := [name for name in names if names.count(name) > 1]:
             raise PydanticCustomError("twice", "two would be called {name}; keep one", {"name": twice[0]})
         return value
+
+    @property
+    def writes_gguf(self) -> bool:
+        """Whether the result is a .gguf file, or parts of one."""
+        return isinstance(self.stages[-1], GgufStage)
 
 
 def bundled_dir(kind: Literal["recipes", "calibration"]) -> Path:

@@ -12,7 +12,8 @@ from compress.evaluation.llama_cpp_served import served_in_llama_cpp
 from compress.evaluation.verify import Check
 from compress.loop.context import Context
 from compress.model.checkpoint import Checkpoint
-from compress.model.source import parts_of, resolve_model
+from compress.model.gguf.header import open_gguf, parts_of
+from compress.model.source import resolve_model
 from compress.recipe.export import ExportSpec, stem_of
 from compress.recipe.gguf import GgufStage
 from compress.recipe.schema import Recipe
@@ -65,11 +66,6 @@ class _ForStage(ForLlamaCpp):
         if (folder / SUMS).is_file():
             export_imatrix(folder, folder / SUMS, path.with_name(_IMATRIX))
         return super().write(folder, path, reporter, name)
-
-
-def writes_gguf(recipe: Recipe) -> bool:
-    """Whether the recipe's result is a .gguf file."""
-    return getattr(recipe.stages[-1], "format", None) == "gguf"
 
 
 def planned_files(planned: RunPlan) -> dict[str, int]:
@@ -166,8 +162,6 @@ def verify_gguf(file: Path) -> list[Check]:
 def matrix_types(file: Path) -> set[str]:
     """Types of a file's matrices, ggml's names."""
     from gguf import GGMLQuantizationType
-
-    from compress.model.gguf.header import open_gguf
 
     return {GGMLQuantizationType(each.type).name for each in open_gguf(file).tensors.values() if len(each.shape) > 1}
 

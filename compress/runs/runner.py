@@ -45,7 +45,7 @@ from compress.runs.builds import check_planned
 from compress.runs.exported import check_exports, make_exports, note_unasked
 from compress.runs.exporters import Exporter
 from compress.runs.foreseen import place_now, with_forecast
-from compress.runs.gguf_file import make_gguf, planned_files, with_gguf, writes_gguf
+from compress.runs.gguf_file import make_gguf, planned_files, with_gguf
 from compress.runs.measure import Measurement, answers, calibration_of, prompts_of, read_windows, with_figures
 from compress.runs.plan import RunPlan, other_models, plan_run
 from compress.runs.tracked import track
@@ -210,7 +210,7 @@ class _Job:
         base = self.base = self.planned.base
         for line in self.planned.warnings:
             self.reporter.warn(line)
-        gguf = writes_gguf(recipe)  # which llama.cpp serves
+        gguf = recipe.writes_gguf  # which llama.cpp serves
         self.gguf_bytes = sum(planned_files(self.planned).values()) if gguf else 0
         self.exporters = check_exports(self.planned) if distributed.rank() == 0 else []
         note_unasked(self.exporters, self.reporter)
@@ -301,7 +301,7 @@ class _Job:
         """Measure the result and write it to the output."""
         recipe, last = self.recipe, self.made[-1]
         with ExitStack() as held:
-            if writes_gguf(recipe):  # there are no exports beside it
+            if recipe.writes_gguf:  # there are no exports beside it
                 gguf = make_gguf(recipe, last, self.base, self.base_id, self.work, self.fresh, self.context, held)
                 report = with_gguf(self._report(stages), gguf, self.gguf_bytes)
                 files, digests = gguf.files, gguf.digests

@@ -45,7 +45,7 @@ def plan_points(points: Sequence[Planned], folder: Path, models: dict[str, Path]
                 from compress.runs.exported import check_exports  # here, because it imports torch
 
                 check_exports(plan)
-            if getattr(plan.recipe.stages[-1], "format", None) == "gguf":
+            if plan.recipe.writes_gguf:
                 from compress.runs.gguf_file import planned_files  # likewise
 
                 planned_files(plan)

@@ -4,6 +4,7 @@ Read here and not with gguf's GGUFReader, which takes 20 us for each token of a 
 with whatever numpy says of it. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import glob
 import mmap
 import re
 import struct
@@ -79,6 +80,14 @@ def is_gguf(path: Path) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError as error:
         raise ModelError(f"model: {path} cannot be read ({error.strerror}); make it readable") from error
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files of a model that was split, those that are there, by the name of one of them; of another, itself."""
+    if (named := _PART.fullmatch(file.name)) is None:
+        return [file]
+    stem, ending = glob.escape(named[1]), glob.escape(named[4] or "")
+    return sorted(file.parent.glob(f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-{named[3]}{ending}"))
 
 
 def open_gguf(path: Path) -> Gguf:

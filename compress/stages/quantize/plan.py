@@ -15,7 +15,7 @@ from compress.formats.facts import FACTS
 from compress.formats.openers import gptq_head, per_head_cache, refusals
 from compress.model.arch import width_of
 from compress.model.checkpoint import TensorInfo
-from compress.model.shapes import PlannedShapes, Shapes, find_modules, is_tied, model_dtype
+from compress.model.shapes import DTYPE_NAMES, PlannedShapes, Shapes, find_modules, is_tied, model_dtype
 from compress.recipe.gguf import GgufStage
 from compress.recipe.messages import did_you_mean
 from compress.recipe.quantize import GroupSize, QuantizeStage, WeightActivationStage, WeightOnlyStage
@@ -29,7 +29,6 @@ from compress.stages.quantize.matrix import Matrix
 from compress.stages.quantize.written import output_bytes
 
 _HEADS = ("lm_head", "embed_out")  # names by which an output head may be called, whatever the checkpoint calls it
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _BLOCK = 128  # rows and columns of the blocks of `granularity: block`
 
 
@@ -61,7 +60,7 @@ def plan(spec: QuantizeStage, shapes: Shapes | None, setting: Setting) -> Plan:
         warnings += per_head_cache(where)
     config = shapes.config | {"quantization_config": {"quant_method": spec.format}}
     if not config.get("dtype") and not config.get("torch_dtype"):
-        config["dtype"] = _DTYPES[model_dtype(shapes)]  # as the stage writes it
+        config["dtype"] = DTYPE_NAMES[model_dtype(shapes)]  # as the stage writes it
     after = PlannedShapes(shapes, config, shapes.tensors, output)
     found = forecast(_load(spec, matrices, shapes, setting), shapes, setting.place, output, 2 * output, about)
     return Plan(after, (), warnings, lines, found, splits, generates=FACTS[spec.layout].stock is None)
